@@ -28,6 +28,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
