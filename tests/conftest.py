@@ -1,10 +1,16 @@
-"""Tiny random models that the tests share."""
+"""Tiny random models and data that the tests share."""
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smoltolk import SmolTolkConfig, SmolTolkForCausalLM
+from smoltolk.data.store import Utterance, write_store
+from smoltolk.data.text import encode_words, tokenizer_fingerprint
 
 torch.set_num_threads(1)  # for models this tiny, more threads only wait for each other
 
@@ -61,3 +67,97 @@ def mixed_ids(seed=0, batch=2, seq=40, ids=None):
 @pytest.fixture
 def model():
     return tiny_model()
+
+
+def tiny_text_tokenizer():
+    """A word-level tokenizer with the vocabulary size of the tiny backbone."""
+    words = ["<end>", "<unk>", *(f"w{i}" for i in range(TEXT_VOCAB - 2))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))  # noqa: S106
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")  # noqa: S106
+
+
+SPEECH_CARD = {
+    "kind": "mel",
+    "fingerprint": "speech-0",
+    "unit_rate_hz": 100.0,
+    "num_units": NUM_UNITS,
+    "sample_rate_hz": 22050,
+}
+
+
+def tiny_utterances(tokenizer, count=12, seed=0):
+    """Random utterances with both halves, three of four for training."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        text = " ".join(f"w{w}" for w in rng.integers(TEXT_VOCAB - 2, size=rng.integers(6, 12)))
+        text_ids, counts = encode_words(tokenizer, text)
+        units = rng.integers(NUM_UNITS, size=4 * len(counts))
+        units[1:][units[1:] == units[:-1]] = NUM_UNITS - 1
+        units = units[np.append(True, units[1:] != units[:-1])]
+        durations = rng.integers(1, 6, size=len(units))
+        seconds = durations.sum() / SPEECH_CARD["unit_rate_hz"]
+        yield Utterance(
+            id=f"u{i}",
+            text=text,
+            text_ids=text_ids,
+            units=units,
+            unit_durations=durations,
+            word_ends_s=np.linspace(0, seconds, len(counts) + 1)[1:].astype(np.float32),
+            word_token_counts=counts,
+            seconds=seconds,
+            speaker=None,
+            source=None,
+            split="validation" if i % 4 == 3 else "train",
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+    """A folder with a backbone and a store, as training needs them."""
+    folder = tmp_path_factory.mktemp("tiny-world")
+    tokenizer = tiny_text_tokenizer()
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_lm_config()).save_pretrained(folder / "backbone")
+    tokenizer.save_pretrained(folder / "backbone")
+    write_store(
+        folder / "store",
+        tiny_utterances(tokenizer),
+        text_tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        speech_tokenizer=SPEECH_CARD,
+    )
+    return folder
+
+
+def tiny_recipe(tiny_world, output, **changes):
+    """Settings of a two-stage run of a few steps."""
+    store = [{"store": str(tiny_world / "store")}]
+    rows = {"rows_per_step": 4, "rows_per_micro_batch": 2, "row_tokens": 32, "warmup_steps": 1}
+    settings = {
+        "name": "tiny",
+        "output": str(output),
+        "model": {"backbone": str(tiny_world / "backbone"), "num_input_adapter_layers": 1},
+        "data": {
+            "interleaved": store,
+            "speech": store,
+            "text": store,
+            "text_words": [2, 4],
+            "speech_words": [2, 4],
+        },
+        "stages": [
+            {"train": "speech", "steps": 4, "mixture": {"interleaved": 1}, "learning_rate": 1e-2, **rows},
+            {
+                "train": "everything",
+                "steps": 5,
+                "mixture": {"interleaved": 1, "speech": 1, "text": 1},
+                "learning_rate": 1e-3,
+                "decay_steps": 2,
+                **rows,
+            },
+        ],
+        "validation": {"rows": 4, "every_steps": 3},
+        "checkpoint": {"every_steps": 2},
+        "precision": "fp32",
+        "num_threads": 1,
+    }
+    return settings | changes

@@ -1,0 +1,203 @@
+"""The command line: parse, call one function, return an exit code."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0 when it worked, 1 for bad input, 130 when it was stopped."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"smoltolk {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"smoltolk {options.command}: {str(stop) or options.resume_hint}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="smoltolk", description="Text-speech language models.")
+    parser.set_defaults(resume_hint="stopped; run the same command to go on")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    tokenizer = commands.add_parser("fit-tokenizer", help="fit a mel speech tokenizer on your own audio")
+    tokenizer.add_argument("audio", type=Path, nargs="+", help="audio files, or folders of them")
+    tokenizer.add_argument("--output", type=Path, required=True, help="folder of the new tokenizer")
+    tokenizer.add_argument("--num-units", type=int, default=64)
+    tokenizer.add_argument("--seed", type=int, default=0)
+    tokenizer.set_defaults(run=_fit_tokenizer, resume_hint="stopped; nothing was written")
+
+    prepare = commands.add_parser("prepare", help="make a store of units and text from recordings")
+    prepare.add_argument(
+        "source", type=Path, help="JSONL or CSV manifest, or a folder of audio and .txt files"
+    )
+    prepare.add_argument("output", type=Path, help="folder of the store")
+    prepare.add_argument(
+        "--speech-tokenizer", type=Path, required=True, help="folder of the speech tokenizer"
+    )
+    prepare.add_argument("--text-tokenizer", required=True, help="folder or name of the text LM's tokenizer")
+    prepare.add_argument("--validation-share", type=float, default=0.0, help="share of rows for validation")
+    prepare.add_argument("--workers", type=int, default=1, help="processes")
+    prepare.set_defaults(run=_prepare)
+
+    train = commands.add_parser("train", help="run a training recipe, or go on with it")
+    train.add_argument("recipe", type=Path, help="YAML recipe")
+    train.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score a cloze task in all modality pairs")
+    evaluate.add_argument("model", type=Path, help="folder of a trained model")
+    evaluate.add_argument("items", type=Path, help="Parquet, JSONL or CSV file of cloze items")
+    evaluate.add_argument("--output", type=Path, required=True, help="folder for the results")
+    evaluate.add_argument(
+        "--pairs", nargs="+", help="modality pairs, such as S→T or S-T; default: all there are"
+    )
+    evaluate.add_argument("--protocol", default="continuation-mean")
+    evaluate.add_argument("--batch-size", type=int, default=48)
+    evaluate.add_argument("--device", default="cpu")
+    evaluate.set_defaults(run=_evaluate, resume_hint="stopped; no result was written")
+
+    generate = commands.add_parser("generate", help="continue a prompt of text and audio")
+    generate.add_argument("model", type=Path, help="folder of a trained model")
+    generate.add_argument("--text", dest="prompt", action=_PromptPart, help="a part of the prompt; in order")
+    generate.add_argument(
+        "--audio", dest="prompt", action=_PromptPart, type=Path, help="a part of the prompt"
+    )
+    generate.add_argument("--to", choices=("text", "speech"), required=True)
+    generate.add_argument("--output", type=Path, help="WAV file for speech")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 for the best token at each step")
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device", default="cpu")
+    generate.set_defaults(run=_generate, resume_hint="stopped")
+
+    demo = commands.add_parser("demo", help="the whole story in miniature, with a report")
+    demo.add_argument("--output", type=Path, default=Path("demo-run"))
+    demo.add_argument("--seeds", type=int, default=1, help="repeat everything with so many seeds")
+    demo.add_argument("--quick", action="store_true", help="a smoke run of about a minute")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+class _PromptPart(argparse.Action):
+    """Collects texts and audio files in the order they are given."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), values])
+
+
+def _fit_tokenizer(options: argparse.Namespace) -> None:
+    from smoltolk.data.prepare import audio_files
+    from smoltolk.speech.audio import load_audio
+    from smoltolk.speech.units import MelTokenizer
+
+    rate = MelTokenizer.sample_rate_hz
+    audios = (load_audio(path, sample_rate_hz=rate) for path in audio_files(options.audio))
+    tokenizer = MelTokenizer.fit(audios, num_units=options.num_units, seed=options.seed)
+    tokenizer.save(options.output)
+    print(f"{options.output}: {tokenizer.num_units} units, fingerprint {tokenizer.fingerprint}")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from smoltolk.data.prepare import prepare
+    from smoltolk.speech.units import load_speech_tokenizer
+
+    summary = prepare(
+        options.source,
+        options.output,
+        speech_tokenizer=load_speech_tokenizer(options.speech_tokenizer),
+        text_tokenizer=AutoTokenizer.from_pretrained(options.text_tokenizer),
+        validation_share=options.validation_share,
+        workers=options.workers,
+    )
+    print(summary)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from smoltolk.training.config import load_recipe
+    from smoltolk.training.trainer import Trainer
+
+    print(f"trained model: {Trainer(load_recipe(options.recipe), progress=not options.no_progress).run()}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from smoltolk.evaluation.results import checkpoint_fingerprint
+    from smoltolk.evaluation.scoring import PROTOCOLS
+    from smoltolk.evaluation.tasks import evaluate_cloze, load_cloze
+    from smoltolk.generation.pipeline import SmolTolkPipeline
+
+    if options.protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is {options.protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
+    result = evaluate_cloze(
+        pipeline.model,
+        load_cloze(options.items, pipeline.speech_tokenizer),
+        pipeline.text_ids,
+        pairs=options.pairs and [pair.replace("-", "→") for pair in options.pairs],
+        protocol=PROTOCOLS[options.protocol],
+        batch_size=options.batch_size,
+    )
+    path = result.save(
+        options.output, items=str(options.items), checkpoint=checkpoint_fingerprint(options.model)
+    )
+    table = Table("pair", "kind", "n", "accuracy %", "standard error", "95 % interval", title=result.protocol)
+    for pair, kinds in result.summary().items():
+        for kind, a in kinds.items():
+            interval = f"{100 * a.low:.1f} … {100 * a.high:.1f}"
+            row = (f"{100 * a.accuracy:.1f}", f"{100 * a.standard_error:.1f}", interval)
+            table.add_row(pair, kind, str(a.n), *row)
+    Console().print(table)
+    print(path)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from smoltolk.generation.pipeline import SmolTolkPipeline
+    from smoltolk.speech.audio import save_wav
+
+    if options.to == "speech" and options.output is None:
+        raise ValueError("--to speech needs --output, the WAV file to write")
+    pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
+    continuation = pipeline(
+        options.prompt or [],
+        to=options.to,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    if continuation.text is not None:
+        print(continuation.text)
+    elif continuation.audio is not None:
+        save_wav(options.output, continuation.audio, continuation.sample_rate_hz)
+        print(f"{options.output}: {len(continuation.audio) / continuation.sample_rate_hz:.2f} s")
+    elif pipeline.vocoder is None:
+        raise ValueError(f"{options.model} was kept without a vocoder: units cannot become audio")
+    else:
+        raise ValueError("the model ended at once and said nothing: try another --seed or prompt")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from smoltolk.demo.run import run_demo
+
+    report = run_demo(options.output, seeds=options.seeds, quick=options.quick)
+    print(f"report: {report}")

@@ -1,0 +1,118 @@
+"""The miniature's text backbone: a tiny Llama trained on stories from scratch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from smoltolk.data.dataset import BatchSource, TaskMixture
+from smoltolk.data.store import Store
+from smoltolk.model.configuration_smoltolk import IdSpace
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """Size and training of the tiny text LM.
+
+    Args:
+        hidden_size: width.
+        num_layers: layers.
+        num_heads: attention heads.
+        steps: optimizer steps.
+        rows_per_step: rows in a step.
+        row_tokens: length of a row.
+        learning_rate: peak rate; it falls to 0 over the last 30 %.
+    """
+
+    hidden_size: int = 128
+    num_layers: int = 6
+    num_heads: int = 4
+    steps: int = 600
+    rows_per_step: int = 32
+    row_tokens: int = 64
+    learning_rate: float = 3e-3
+
+
+MAX_POSITIONS = 1024
+MAX_STRETCH = 5.0
+
+
+def pretrain_backbone(
+    text_store: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    settings: BackboneSettings,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Trains the text LM and saves it with its tokenizer; returns the loss of every step.
+
+    Speech says the same in several times as many tokens, so positions are stretched at random (by a factor
+    of up to 5 per row): distances of speech length are then nothing new to the backbone. Weights start at a
+    standard deviation of dim^−0.5, those that write to the residual stream divided by √(2 · layers); for so
+    small a model the usual 0.02 takes more than twice the tokens.
+    """
+    torch.manual_seed(seed)
+    dim = settings.hidden_size
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        intermediate_size=3 * dim,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=dim**-0.5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        attn_implementation="eager",  # on a CPU, at this size, faster than the fused kernels
+    )
+    model = LlamaForCausalLM(config).train()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight /= (2 * settings.num_layers) ** 0.5
+    source = BatchSource(
+        {"text": [(Store(text_store), 1.0)]},
+        mixture=TaskMixture(interleaved=0, speech=0, text=1),
+        ids=IdSpace(config.vocab_size, num_units=1, end_of_text_id=config.eos_token_id),
+        row_tokens=settings.row_tokens,
+    )
+    matrices = [p for p in model.model.layers.parameters() if p.ndim >= 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    warmup, decay = max(1, settings.steps // 20), max(1, 3 * settings.steps // 10)
+    losses = []
+    for step in range(settings.steps):
+        batch = source.batch(seed, step, rows=settings.rows_per_step)
+        share = min(1.0, (step + 1) / warmup, (settings.steps - step) / decay)
+        for group in optimizer.param_groups:
+            group["lr"] = share * settings.learning_rate
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(
+                batch.input_ids,
+                labels=batch.labels,
+                position_ids=stretched_positions(*batch.input_ids.shape, generator),
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if progress is not None:
+            progress(1)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return losses
+
+
+def stretched_positions(rows: int, row_tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """Rising positions (rows, row_tokens) whose mean step is drawn per row from 1 to `MAX_STRETCH`."""
+    stretch = 1 + (MAX_STRETCH - 1) * torch.rand(rows, 1, generator=generator)
+    gaps = 1 + (2 * (stretch - 1) * torch.rand(rows, row_tokens, generator=generator)).round()
+    return gaps.cumsum(1).long() - 1

@@ -1,0 +1,1 @@
+"""Generation: continuing text and speech prompts in text or speech."""

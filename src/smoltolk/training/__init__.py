@@ -1,0 +1,1 @@
+"""Two-stage training of SmolTolk, of early fusion and of every ablation, from one recipe."""

@@ -1,0 +1,84 @@
+"""Parameter groups, learning-rate schedule, and the account of training FLOPs."""
+
+import torch
+from torch import nn
+
+from smoltolk.model.configuration_smoltolk import SmolTolkConfig
+from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
+from smoltolk.training.config import StageSettings
+
+
+def make_optimizer(model: SmolTolkForCausalLM, stage: StageSettings) -> torch.optim.AdamW:
+    """AdamW for a stage, with the text LM frozen where the stage says so.
+
+    Speech parts and text LM are groups of their own, each parted by weight decay: matrices have it,
+    embeddings, norms and biases don't. Every trained parameter is in exactly one group.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    parts = [("speech", model.speech_parameters(), stage.learning_rate)]
+    text_rate = stage.text_learning_rate or stage.learning_rate
+    for _, parameter in model.text_parameters():
+        parameter.requires_grad_(stage.train == "everything")
+    if stage.train == "everything":
+        parts.append(("text", model.text_parameters(), text_rate))
+    groups = []
+    for part, named, rate in parts:
+        parameters = [parameter for _, parameter in named]
+        decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
+        others = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
+        for members, weight_decay in ((decayed, stage.weight_decay), (others, 0.0)):
+            if members:
+                groups.append(
+                    {
+                        "params": members,
+                        "weight_decay": weight_decay,
+                        "peak_lr": rate,
+                        "part": part,
+                        "lr": 0.0,
+                    }
+                )
+    return torch.optim.AdamW(groups, betas=stage.betas, fused=True)
+
+
+def trapezoid(step: int, stage: StageSettings) -> float:
+    """Share of the peak learning rate at a step of a stage: linear rise, plateau, linear fall."""
+    rise = (step + 1) / stage.warmup_steps if stage.warmup_steps else 1.0
+    fall = (stage.steps - step) / stage.decay_steps if stage.decay_steps else 1.0
+    return min(1.0, rise, fall)
+
+
+def training_flops(
+    config: SmolTolkConfig,
+    *,
+    num_tokens: int,
+    num_speech_tokens: int,
+    num_text_labels: int,
+    num_speech_labels: int,
+    row_tokens: int,
+    is_backbone_trained: bool,
+) -> int:
+    """Floating-point operations of forward and backward over some rows.
+
+    Counts matrix products: 2 per weight and token forward, the same for the gradient of the activations and
+    for the gradient of the weights if they are trained; attention 2 · row_tokens · dim per token and layer
+    forward (half of the square, by causality) and twice that backward. The input adapter sees speech tokens
+    only, heads see labelled rows only. Its attention within segments is left out, being short.
+    """
+    lm = config.lm_config
+    dim, num_layers = lm.hidden_size, lm.num_hidden_layers
+    head_dim = getattr(lm, "head_dim", None) or dim // lm.num_attention_heads
+    kv_heads = getattr(lm, "num_key_value_heads", None) or lm.num_attention_heads
+    layer = (
+        2 * dim * head_dim * (lm.num_attention_heads + kv_heads)  # queries and output, keys and values
+        + 3 * dim * lm.intermediate_size
+    )
+    attention = 2 * row_tokens * lm.num_attention_heads * head_dim
+    passes = 6 if is_backbone_trained else 4
+    flops = num_layers * num_tokens * (passes * layer + 3 * attention)
+    flops += config.num_output_adapter_layers * num_tokens * (6 * layer + 3 * attention)
+    flops += config.num_input_adapter_layers * num_speech_tokens * 6 * layer
+    if config.layer_mixing != "last":
+        flops += num_tokens * num_layers * dim * 6 * (3 if config.layer_mixing == "selected" else 1)
+    flops += num_text_labels * passes * lm.vocab_size * dim
+    flops += num_speech_labels * 6 * config.ids.num_speech_tokens * dim
+    return flops

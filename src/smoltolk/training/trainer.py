@@ -1,0 +1,411 @@
+"""The training run of a recipe: stages, steps, validation, checkpoints, metrics."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoTokenizer
+
+from smoltolk.data.dataset import TASKS, Batch, BatchSource, TaskMixture
+from smoltolk.data.store import Store, lock
+from smoltolk.data.text import tokenizer_fingerprint
+from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
+from smoltolk.training.checkpoints import (
+    RunState,
+    list_checkpoints,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+)
+from smoltolk.training.config import Recipe, StageSettings
+from smoltolk.training.optim import make_optimizer, training_flops, trapezoid
+
+METRICS_FILE = "metrics.jsonl"
+MODEL_FOLDER = "model"
+VALIDATION_SEED = 0
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved; running it again goes on."""
+
+
+class Trainer:
+    """Runs a recipe, from its last checkpoint if there is one.
+
+    Args:
+        recipe: what to run.
+        progress: whether to show a progress bar.
+        on_step: called with the metrics of every step.
+
+    Raises:
+        ValueError: backbone, stores and recipe do not fit together, or the output folder holds a run of
+            another recipe.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        progress: bool = True,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.on_step = on_step
+        self.progress = progress
+        self.output = Path(recipe.output)
+        if recipe.num_threads is not None:
+            torch.set_num_threads(recipe.num_threads)
+        self.device = torch.device(recipe.device if recipe.device != "auto" else default_device())
+        self._stores: dict[str, Store] = {}
+        self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.backbone)
+        self.model = self._make_model().to(self.device)
+        self._sources = [self._source(stage) for stage in recipe.stages]
+        self._validation = dict(self._validation_batches())
+
+    def run(self) -> Path:
+        """Trains to the end and returns the folder of the trained model.
+
+        Raises:
+            TrainingStopped: Ctrl-C or SIGTERM; a checkpoint was saved first.
+            FloatingPointError: too many steps had a loss or gradient that was not finite.
+            OSError: a checkpoint could not be written.
+        """
+        with lock(self.output), stop_requests() as stop:
+            return self._run(stop)
+
+    def _run(self, stop: "StopRequests") -> Path:
+        state, optimizer = self._start()
+        self._truncate_metrics(state.step)
+        with self._bar(state) as report:
+            while state.step < self.recipe.num_steps:
+                index, step_of_stage = self.recipe.stage_at(state.step)
+                stage = self.recipe.stages[index]
+                if step_of_stage == 0:
+                    optimizer = make_optimizer(self.model, stage)
+                started = time.perf_counter()
+                metrics = self._step(state, optimizer, index, step_of_stage)
+                metrics["seconds"] = time.perf_counter() - started
+                state.seconds += metrics["seconds"]
+                is_stage_end = step_of_stage == stage.steps - 1
+                if is_stage_end or state.step % self.recipe.validation.every_steps == 0:
+                    metrics |= self._validate()
+                self._write_metrics(metrics)
+                report(metrics)
+                if self.on_step is not None:
+                    self.on_step(metrics)
+                if is_stage_end or stop.is_requested or state.step % self.recipe.checkpoint.every_steps == 0:
+                    self._save(state, optimizer)
+                if stop.is_requested and state.step < self.recipe.num_steps:
+                    raise TrainingStopped(
+                        f"stopped after step {state.step} of {self.recipe.num_steps}, saved in {self.output}: "
+                        "run the same command to go on"
+                    )
+        return self._export(state)
+
+    # ---- making things from the recipe
+
+    def _store(self, path: str) -> Store:
+        if path not in self._stores:
+            self._stores[path] = Store(path)
+        return self._stores[path]
+
+    def _make_model(self) -> SmolTolkForCausalLM:
+        """New speech parts around the backbone, sized by the stores; made from the recipe's seed."""
+        data = self.recipe.data
+        speech_stores = [self._store(share.store) for share in (*data.interleaved, *data.speech)]
+        cards = [store.metadata.speech_tokenizer for store in speech_stores]
+        card = next((card for card in cards if card is not None), None)
+        if card is None:
+            raise ValueError("data names no store with speech: give one under interleaved or speech")
+        settings = self.recipe.model.model_dump(exclude={"backbone"})
+        torch.manual_seed(self.recipe.seed)
+        model = SmolTolkForCausalLM.from_backbone(
+            self.recipe.model.backbone,
+            num_units=card["num_units"],
+            speech_tokenizer=card,
+            text_tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+            **settings,
+        )
+        model.set_attn_implementation(self.recipe.attn_implementation)
+        return model
+
+    def _source(
+        self, stage: StageSettings, mixture: TaskMixture | None = None, split: str = "train"
+    ) -> BatchSource:
+        data, config = self.recipe.data, self.model.config
+        return BatchSource(
+            {
+                task: [(self._store(share.store), share.weight) for share in getattr(data, task)]
+                for task in TASKS
+            },
+            mixture=mixture or stage.mixture.tasks,
+            ids=self.model.ids,
+            row_tokens=stage.row_tokens,
+            policy=data.policy,
+            split=split,
+            max_positions=config.max_position_embeddings,
+            speech_fingerprint=config.speech_tokenizer["fingerprint"],
+            text_fingerprint=config.text_tokenizer_fingerprint,
+        )
+
+    def _validation_batches(self) -> Iterator[tuple[str, Batch]]:
+        """One fixed batch per task that has stores, with rows as long as the last stage's."""
+        if not self.recipe.validation.rows:
+            return
+        for task in TASKS:
+            if getattr(self.recipe.data, task):
+                source = self._source(
+                    self.recipe.stages[-1], TaskMixture(**{t: float(t == task) for t in TASKS}), "validation"
+                )
+                yield task, source.batch(VALIDATION_SEED, 0, rows=self.recipe.validation.rows)
+
+    # ---- start, save, end
+
+    def _start(self) -> tuple[RunState, torch.optim.Optimizer]:
+        """The state and optimizer to go on from: the last checkpoint's, or new ones."""
+        checkpoints = list_checkpoints(self._checkpoint_folder)
+        state = load_state(checkpoints[-1]) if checkpoints else RunState(0, self.recipe.fingerprint)
+        if state.recipe_fingerprint != self.recipe.fingerprint:
+            raise ValueError(
+                f"output {self.output} holds a run of another recipe: give another output, or remove the folder"
+            )
+        index, step_of_stage = self.recipe.stage_at(min(state.step, self.recipe.num_steps - 1))
+        optimizer = make_optimizer(self.model, self.recipe.stages[index])
+        if checkpoints:
+            load_checkpoint(checkpoints[-1], self.model, optimizer if step_of_stage else None)
+        return state, optimizer
+
+    @property
+    def _checkpoint_folder(self) -> Path:
+        return self.output / "checkpoints"
+
+    def _save(self, state: RunState, optimizer: torch.optim.Optimizer) -> None:
+        save_checkpoint(
+            self._checkpoint_folder, state, self.model, optimizer, self.recipe.checkpoint.keep_last
+        )
+
+    def _export(self, state: RunState) -> Path:
+        """The trained model with its tokenizers and vocoder in one folder, replaced as a whole."""
+        final, aside = self.output / MODEL_FOLDER, self.output / f".{MODEL_FOLDER}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        self.model.save_pretrained(aside)
+        self.tokenizer.save_pretrained(aside)
+        for name in ("speech_tokenizer", "vocoder"):
+            if source := getattr(self.recipe, name):
+                shutil.copytree(source, aside / name)
+        record = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "tokens": state.tokens,
+            "flops": state.flops,
+            "seconds": state.seconds,
+            "skipped_steps": state.skipped_steps,
+        }
+        (aside / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        return final
+
+    # ---- one step
+
+    def _step(
+        self, state: RunState, optimizer: torch.optim.Optimizer, index: int, step_of_stage: int
+    ) -> dict[str, Any]:
+        """One optimizer step; advances the state and returns the step's metrics."""
+        stage = self.recipe.stages[index]
+        torch.manual_seed(self.recipe.seed + state.step)  # dropout, where a backbone has it
+        batch = self._sources[index].batch(self.recipe.seed, state.step, rows=stage.rows_per_step)
+        num_text, num_speech = self._count_labels(batch)
+        num_labels = max(1, num_text + num_speech)
+        self.model.train()
+        text_sum = speech_sum = loss_sum = 0.0
+        for start in range(0, stage.rows_per_step, stage.rows_per_micro_batch):
+            part = batch.select(slice(start, start + stage.rows_per_micro_batch))
+            output = self._forward(part, num_labels)
+            output.loss.backward()
+            part_text, part_speech = self._count_labels(part)
+            loss_sum += output.loss.item()
+            text_sum += output.text_loss.item() * part_text if part_text else 0.0
+            speech_sum += output.speech_loss.item() * part_speech if part_speech else 0.0
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm).item()
+        share = trapezoid(step_of_stage, stage)
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak_lr"]
+        is_finite = torch.tensor([loss_sum, grad_norm]).isfinite().all().item()
+        if is_finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        state.step += 1
+        state.tokens += batch.input_ids.numel()
+        state.flops += training_flops(
+            self.model.config,
+            num_tokens=batch.input_ids.numel(),
+            num_speech_tokens=int((batch.input_ids >= self.model.ids.speech_offset).sum()),
+            num_text_labels=num_text,
+            num_speech_labels=num_speech,
+            row_tokens=stage.row_tokens,
+            is_backbone_trained=stage.train == "everything",
+        )
+        if not is_finite:
+            self._count_skipped(state, batch)
+        return {
+            "step": state.step,
+            "stage": index + 1,
+            "loss": finite(loss_sum),
+            "text_loss": finite(text_sum / num_text) if num_text else None,
+            "speech_loss": finite(speech_sum / num_speech) if num_speech else None,
+            "text_labels": num_text,
+            "speech_labels": num_speech,
+            "learning_rate": share * stage.learning_rate,
+            "grad_norm": finite(grad_norm),
+            "skipped_steps": state.skipped_steps,
+            "tokens": state.tokens,
+            "flops": state.flops,
+        }
+
+    def _forward(self, batch: Batch, num_labels: int | None = None) -> Any:
+        is_bf16 = self.recipe.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if is_bf16 else nullcontext():
+            # Rows are full: without a mask attention runs its causal path.
+            return self.model(
+                batch.input_ids.to(self.device),
+                labels=batch.labels.to(self.device),
+                num_items_in_batch=num_labels,
+            )
+
+    def _count_labels(self, batch: Batch) -> tuple[int, int]:
+        """Number of text and of speech labels that the loss counts."""
+        target = batch.labels[:, 1:]
+        is_text = (target >= 0) & (target < self.model.ids.text_vocab_size)
+        return int(is_text.sum()), int((target >= self.model.ids.speech_offset).sum())
+
+    def _count_skipped(self, state: RunState, batch: Batch) -> None:
+        state.skipped_steps += 1
+        if state.skipped_steps > self.recipe.max_skipped_steps:
+            samples = sorted({sample for row in batch.sample_ids for sample in row})
+            raise FloatingPointError(
+                f"{state.skipped_steps} steps had a loss or gradient that was not finite, more than "
+                f"max_skipped_steps {self.recipe.max_skipped_steps}; at step {state.step} the batch held the "
+                f"utterances {', '.join(samples[:20])}: look at them, or lower the learning rate"
+            )
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, Any]:
+        """Mean loss per label on each task's fixed batch."""
+        self.model.eval()
+        losses = {}
+        size = self.recipe.stages[-1].rows_per_micro_batch
+        for task, batch in self._validation.items():
+            total = 0.0
+            num_labels = max(1, sum(self._count_labels(batch)))
+            for start in range(0, len(batch), size):
+                part = batch.select(slice(start, start + size))
+                output = self._forward(part)
+                num_text, num_speech = self._count_labels(part)
+                total += output.text_loss.item() * num_text if num_text else 0.0
+                total += output.speech_loss.item() * num_speech if num_speech else 0.0
+            losses[f"validation_{task}_loss"] = finite(total / num_labels)
+        return losses
+
+    # ---- watching
+
+    def _write_metrics(self, metrics: dict[str, Any]) -> None:
+        with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def _truncate_metrics(self, step: int) -> None:
+        """Drops lines of steps that will be done again, and a line that was cut off."""
+        path = self.output / METRICS_FILE
+        if not path.exists():
+            return
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, path)
+
+    @contextmanager
+    def _bar(self, state: RunState) -> Iterator[Any]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[losses]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, disable=not self.progress) as bar:
+            task = bar.add_task(
+                self.recipe.name, total=self.recipe.num_steps, completed=state.step, losses=""
+            )
+
+            def report(metrics: dict[str, Any]) -> None:
+                rate = self.recipe.stages[metrics["stage"] - 1]
+                tokens_per_s = rate.rows_per_step * rate.row_tokens / metrics["seconds"]
+                shown = " ".join(
+                    f"{name} {metrics[f'{name}_loss']:.3f}"
+                    for name in ("text", "speech")
+                    if metrics[f"{name}_loss"] is not None
+                )
+                bar.update(
+                    task,
+                    completed=metrics["step"],
+                    losses=f"stage {metrics['stage']} {shown} {tokens_per_s:,.0f} tokens/s",
+                )
+
+            yield report
+
+
+class StopRequests:
+    """Whether somebody asked to stop."""
+
+    is_requested = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.is_requested:
+            raise KeyboardInterrupt  # asked twice: stop at once, from the last checkpoint
+        self.is_requested = True
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Turns Ctrl-C and SIGTERM into a request that is heard at the end of a step."""
+    stop = StopRequests()
+    try:
+        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where signals cannot be caught
+        previous = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def default_device() -> str:
+    """The accelerator if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for one that JSON cannot hold."""
+    return value if abs(value) < float("inf") else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; a last line that was cut off by a kill is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines

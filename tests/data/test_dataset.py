@@ -1,0 +1,175 @@
+"""Batches: pure in (seed, step, row), from stores that fit the model."""
+
+import numpy as np
+import pytest
+import torch
+
+from smoltolk.data.dataset import BatchSource, TaskMixture
+from smoltolk.data.interleaving import SpanPolicy
+from smoltolk.data.store import Store, Utterance, write_store
+from smoltolk.model.configuration_smoltolk import IdSpace
+
+IDS = IdSpace(text_vocab_size=100, num_units=20, end_of_text_id=0)
+CARD = {"fingerprint": "speech-1", "unit_rate_hz": 100.0, "num_units": 20}
+
+
+def utterance(name, rng, split, has_text=True, has_speech=True):
+    words = int(rng.integers(5, 40))
+    durations = rng.integers(1, 12, 3 * words)
+    seconds = float(durations.sum()) / 100
+    counts = rng.integers(1, 3, words)
+    halves = {}
+    if has_text:
+        halves |= {
+            "text": "word " * words,
+            "text_ids": rng.integers(1, 100, counts.sum()),
+            "word_token_counts": counts,
+        }
+    if has_speech:
+        halves |= {"units": rng.integers(0, 20, 3 * words), "unit_durations": durations, "seconds": seconds}
+    if has_text and has_speech:
+        halves["word_ends_s"] = np.sort(rng.uniform(0, seconds, words))
+    return Utterance(id=name, split=split, **halves)
+
+
+def make_store(path, prefix="a", card=CARD, text_fingerprint="text-1"):
+    rng = np.random.default_rng(len(prefix))
+    utterances = [
+        utterance(f"{prefix}-{split}-{kind}-{number}", rng, split, kind != "speech", kind != "text")
+        for split in ("train", "validation")
+        for kind in ("both", "speech", "text")
+        for number in range(8)
+    ]
+    return write_store(path, utterances, text_tokenizer_fingerprint=text_fingerprint, speech_tokenizer=card)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path / "store")
+
+
+def source(*stores, **changes):
+    weighted = [(store, 1.0) for store in stores]
+    settings = {"mixture": TaskMixture(), "ids": IDS, "row_tokens": 64, "policy": SpanPolicy((2, 5), (2, 4))}
+    return BatchSource(
+        {"interleaved": weighted, "speech": weighted, "text": weighted}, **(settings | changes)
+    )
+
+
+def test_a_batch_has_shapes_labels_and_names_of_its_samples(store):
+    batch = source(store).batch(seed=1, step=2, rows=30)
+    assert len(batch) == 30
+    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (30, 64)
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.attention_mask.dtype == torch.int64
+    assert batch.attention_mask.all()
+    is_switch = batch.input_ids == IDS.switch_id
+    assert torch.equal(batch.labels, batch.input_ids.masked_fill(is_switch, -100))
+    assert set(batch.tasks) == {"interleaved", "speech", "text"}
+    is_speech = batch.input_ids >= IDS.speech_offset
+    for row, task in enumerate(batch.tasks):
+        assert is_switch[row].any() == (task == "interleaved")
+        assert all(name.startswith("a-train") for name in batch.sample_ids[row])
+        if task == "speech":
+            assert is_speech[row].all()
+            assert not any("-text-" in name for name in batch.sample_ids[row])
+        elif task == "text":
+            assert not is_speech[row].any()
+            assert not any("-speech-" in name for name in batch.sample_ids[row])
+        else:
+            assert all("-both-" in name for name in batch.sample_ids[row])
+
+
+def test_rows_depend_on_seed_step_and_number_alone(store):
+    whole = source(store).batch(seed=1, step=2, rows=12)
+    # Another process would open the store anew; other rows were drawn before.
+    other = source(Store(store.path))
+    other.batch(seed=9, step=9, rows=3)
+    for rows in (range(0, 5), range(5, 12), range(3, 12, 4)):
+        part = other.batch(seed=1, step=2, rows=rows)
+        assert torch.equal(part.input_ids, whole.input_ids[list(rows)])
+        assert torch.equal(part.labels, whole.labels[list(rows)])
+        assert part.tasks == [whole.tasks[row] for row in rows]
+        assert part.sample_ids == [whole.sample_ids[row] for row in rows]
+    for seed, step in ((2, 2), (1, 3)):
+        assert not torch.equal(other.batch(seed=seed, step=step, rows=12).input_ids, whole.input_ids)
+
+
+def test_a_slice_of_a_batch_is_a_micro_batch(store):
+    batch = source(store).batch(seed=0, step=0, rows=6)
+    part = batch.select(slice(2, 4))
+    assert len(part) == 2
+    assert torch.equal(part.input_ids, batch.input_ids[2:4])
+    assert part.sample_ids == batch.sample_ids[2:4]
+
+
+def test_validation_rows_come_from_their_split(store):
+    batch = source(store, split="validation").batch(seed=0, step=0, rows=10)
+    assert all(name.startswith("a-validation") for names in batch.sample_ids for name in names)
+
+
+def test_tasks_and_stores_are_drawn_by_their_weights(tmp_path):
+    first, second = make_store(tmp_path / "a"), make_store(tmp_path / "b", prefix="bb")
+    mixed = BatchSource(
+        {"interleaved": [(first, 3.0), (second, 1.0)], "speech": [(first, 1.0)]},
+        mixture=TaskMixture(interleaved=2.0, speech=1.0, text=0.0),
+        ids=IDS,
+        row_tokens=16,
+    )
+    batch = mixed.batch(seed=0, step=0, rows=600)
+    assert batch.tasks.count("interleaved") == pytest.approx(400, abs=40)
+    assert batch.tasks.count("text") == 0
+    drawn = [
+        names[0][0] for names, task in zip(batch.sample_ids, batch.tasks, strict=True) if task != "speech"
+    ]
+    assert drawn.count("a") / len(drawn) == pytest.approx(0.75, abs=0.07)
+
+
+def test_predicted_switches_are_targets(store):
+    only_interleaved = TaskMixture(interleaved=1, speech=0, text=0)
+    batch = source(store, mixture=only_interleaved, predict_switch=True).batch(seed=0, step=0, rows=2)
+    assert torch.equal(batch.labels, batch.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"row_tokens": 64, "max_positions": 32}, "row_tokens is 64, but the backbone has 32 positions"),
+        ({"row_tokens": 1}, "row_tokens is 1"),
+        ({"speech_fingerprint": "other"}, "speech tokenizer speech-1, the model needs other"),
+        ({"text_fingerprint": "other"}, "text tokenizer text-1, the model needs other"),
+        ({"ids": IdSpace(100, 30, 0)}, "num_units 20, the model has 30"),
+        ({"ids": IdSpace(50, 20, 0)}, "holds text token 99, but the model's text vocabulary has 50"),
+        ({"split": "test"}, "no utterance with text and aligned speech in the split 'test'"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(store, changes, message):
+    with pytest.raises(ValueError, match=r".") as error:
+        source(store, **changes)
+    assert message in str(error.value)
+
+
+def test_stores_of_different_tokenizers_are_not_mixed(tmp_path):
+    first = make_store(tmp_path / "a")
+    other_speech = make_store(tmp_path / "b", card=CARD | {"fingerprint": "speech-2"})
+    other_text = make_store(tmp_path / "c", text_fingerprint="text-2")
+    with pytest.raises(ValueError, match="speech tokenizer speech-2"):
+        source(first, other_speech)
+    with pytest.raises(ValueError, match="text tokenizer text-2"):
+        source(first, other_text)
+
+
+def test_stores_must_be_given_for_known_tasks_with_weights(store):
+    settings = {"mixture": TaskMixture(), "ids": IDS, "row_tokens": 16}
+    with pytest.raises(ValueError, match="task interleaved has a weight but no store"):
+        BatchSource({"speech": [(store, 1.0)]}, **settings)
+    with pytest.raises(ValueError, match="stores names audio"):
+        BatchSource({"audio": [(store, 1.0)]}, **settings)
+    with pytest.raises(ValueError, match=r"has the weight 0\.0 in task interleaved"):
+        BatchSource({"interleaved": [(store, 0.0)]}, **settings)
+
+
+def test_an_impossible_mixture_is_refused():
+    with pytest.raises(ValueError, match="all 0"):
+        TaskMixture(0, 0, 0)
+    with pytest.raises(ValueError, match="speech is -1"):
+        TaskMixture(speech=-1)

@@ -1,0 +1,358 @@
+"""Preparation: what goes in, what is quarantined, and that a killed run goes on to the same store."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from smoltolk.data import store as store_module
+from smoltolk.data.prepare import prepare
+from smoltolk.data.store import Store
+from smoltolk.speech.units import MelTokenizer
+
+RATE_HZ = 16_000
+WORDS = ("one", "two", "three", "four")
+
+
+def sound(seed, seconds=0.5):
+    """Tones of changing pitch: several units, never silent."""
+    rng = np.random.default_rng(seed)
+    pitches = np.repeat(rng.choice([200, 400, 800, 1600, 3200], 5), int(seconds * RATE_HZ / 5))
+    return (0.4 * np.sin(2 * np.pi * np.cumsum(pitches) / RATE_HZ)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def speech_tokenizer():
+    return MelTokenizer.fit([sound(seed) for seed in range(8)], num_units=8)
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer():
+    vocabulary = {"<unk>": 0} | {word: number for number, word in enumerate(WORDS, start=1)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")  # noqa: S106
+
+
+@pytest.fixture
+def tokenizers(speech_tokenizer, text_tokenizer):
+    return {"speech_tokenizer": speech_tokenizer, "text_tokenizer": text_tokenizer, "progress": False}
+
+
+def write_manifest(folder, rows):
+    folder.mkdir(exist_ok=True)
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def spoken_row(folder, number, **changes):
+    folder.mkdir(exist_ok=True)
+    name = f"{number}.wav"
+    soundfile.write(folder / name, sound(number), RATE_HZ)
+    return {"audio": name, "text": "one two", "word_ends_s": [0.2, 0.45]} | changes
+
+
+def mixed_manifest(folder, count=10):
+    """Good rows of all kinds with bad ones between them."""
+    rows = [spoken_row(folder, number, split="train") for number in range(count)]
+    rows[2] = {"text": "three four", "id": "text-only"}
+    rows[4] = {"audio": "4.wav", "speaker": "ann", "split": "test"}
+    rows[5] = {"audio": "missing.wav"}
+    rows[7] = spoken_row(folder, 7, word_ends_s=[0.3, 0.2])
+    return write_manifest(folder, rows)
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def quarantine(folder):
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_rows_of_all_kinds_become_a_store_and_bad_ones_are_quarantined(tmp_path, tokenizers):
+    source = mixed_manifest(tmp_path / "in")
+    summary = prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=3)
+    store = Store(tmp_path / "out")
+    store.verify()
+    assert len(store) == summary.utterances == 8
+    assert [shard.rows for shard in store.shards] == [3, 2, 2, 1]
+    assert [store[row].id for row in range(8)] == [
+        *("0.wav", "1.wav", "text-only", "3.wav", "4.wav", "6.wav", "8.wav", "9.wav")
+    ]
+    first, text_only, speech_only = store[0], store[2], store[4]
+    assert first.text_ids.tolist() == [1, 2]
+    encoded = tokenizers["speech_tokenizer"].encode(
+        soundfile.read(tmp_path / "in" / "0.wav", dtype="float32")[0]
+    )
+    assert first.units.tolist() == encoded.units.tolist()
+    assert first.unit_durations.tolist() == encoded.durations.tolist()
+    assert first.seconds == 0.5
+    assert first.word_ends_s == pytest.approx([0.2, 0.45])
+    assert not text_only.has_speech
+    assert text_only.source == "manifest.jsonl:3"
+    assert not speech_only.has_text
+    assert (speech_only.speaker, speech_only.split) == ("ann", "test")
+    bad = quarantine(tmp_path / "out")
+    assert [(entry["id"], entry["source"]) for entry in bad] == [("missing.wav",) * 2, ("7.wav",) * 2]
+    assert "missing.wav cannot be read" in bad[0]["reason"]
+    assert "runs backwards" in bad[1]["reason"]
+    assert summary.quarantined == 2
+    assert summary.words == 14
+    assert summary.hours == pytest.approx(7 * 0.5 / 3600)
+    assert summary.units_per_s == pytest.approx(summary.units / 3.5)
+    assert summary.splits["train"] >= 6
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"audio": "0.wav", "text": "one two"}, "no word times: add word_ends_s"),
+        ({"audio": "0.wav", "text": " ", "word_ends_s": []}, "no words"),
+        ({"audio": "0.wav", "text": "one", "word_ends_s": [9.0]}, "past the 0.500 s of audio"),
+        ({"audio": "0.wav", "text": "one two", "word_ends_s": [0.1]}, "1 entries for 2 words"),
+        ({"text": "one", "word_ends_s": [0.1]}, "without both text and speech"),
+        ({"speaker": "ann"}, "neither text nor speech"),
+        ({"audio": "broken.wav"}, "broken.wav"),
+        ({"audio": "silent.wav"}, "silent.wav"),
+    ],
+)
+def test_a_bad_row_is_quarantined_with_its_reason(tmp_path, tokenizers, row, reason):
+    spoken_row(tmp_path / "in", 0)
+    (tmp_path / "in" / "broken.wav").write_bytes(b"RIFF no audio")
+    soundfile.write(tmp_path / "in" / "silent.wav", np.zeros(RATE_HZ), RATE_HZ)
+    source = write_manifest(tmp_path / "in", [row, {"text": "one"}])
+    prepare(source, tmp_path / "out", **tokenizers)
+    assert reason in quarantine(tmp_path / "out")[0]["reason"]
+    assert Store(tmp_path / "out")[0].text == "one"
+
+
+def test_a_csv_manifest_gives_the_store_of_the_jsonl_one(tmp_path, tokenizers):
+    spoken_row(tmp_path / "in", 0)
+    spoken_row(tmp_path / "in", 1)
+    (tmp_path / "in" / "manifest.csv").write_text(
+        'audio,text,word_ends_s,id\n0.wav,one two,"[0.2, 0.45]",a\n1.wav,,,b\n,"three, four",,c\n'
+    )
+    prepare(tmp_path / "in" / "manifest.csv", tmp_path / "out", **tokenizers)
+    store = Store(tmp_path / "out")
+    assert [store[row].id for row in range(3)] == ["a", "b", "c"]
+    assert store[0].word_ends_s == pytest.approx([0.2, 0.45])
+    assert store[1].text is None
+    assert store[2].units is None
+    assert quarantine(tmp_path / "out") == []
+
+
+def test_a_folder_is_read_with_the_texts_beside_its_audio(tmp_path, tokenizers):
+    spoken_row(tmp_path / "in", 0)
+    (tmp_path / "in" / "part").mkdir()
+    soundfile.write(tmp_path / "in" / "part" / "1.flac", sound(1), RATE_HZ)
+    (tmp_path / "in" / "part" / "1.txt").write_text("one two")
+    (tmp_path / "in" / "2.txt").write_text("one two")
+    (tmp_path / "in" / "3.txt").write_bytes(b"\xff\xfe")
+    prepare(tmp_path / "in", tmp_path / "out", **tokenizers)
+    store = Store(tmp_path / "out")
+    assert [(store[row].id, store[row].has_text, store[row].has_speech) for row in range(2)] == [
+        ("0.wav", False, True),
+        ("2.txt", True, False),
+    ]
+    assert [entry["id"] for entry in quarantine(tmp_path / "out")] == ["3.txt", "part/1.flac"]
+    assert "UTF-8" in quarantine(tmp_path / "out")[0]["reason"]
+
+
+def test_splits_are_drawn_by_their_shares_from_the_id_alone(tmp_path, tokenizers):
+    rows = [{"id": f"row-{number}", "text": "one"} for number in range(400)]
+    prepare(
+        write_manifest(tmp_path / "a", rows), tmp_path / "out-a", **tokenizers, splits={"x": 0.7, "y": 0.3}
+    )
+    prepare(
+        write_manifest(tmp_path / "b", rows[::-2]),
+        tmp_path / "out-b",
+        **tokenizers,
+        splits={"x": 0.7, "y": 0.3},
+    )
+    a, b = Store(tmp_path / "out-a"), Store(tmp_path / "out-b")
+    assert len(a.ids_of_split("x")) == pytest.approx(280, abs=30)
+    split_of = {a[row].id: a[row].split for row in range(400)}
+    assert all(split_of[b[row].id] == b[row].split for row in range(200))
+
+
+def test_a_killed_preparation_goes_on_to_the_same_store(tmp_path, tokenizers):
+    source = mixed_manifest(tmp_path / "in", count=12)
+    prepare(source, tmp_path / "whole", **tokenizers, rows_per_shard=2)
+    tokenizers["speech_tokenizer"].save(tmp_path / "speech")
+    tokenizers["text_tokenizer"].save_pretrained(tmp_path / "text")
+    code = """
+import os, signal, sys
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+from smoltolk.data.prepare import prepare
+from smoltolk.speech.units import load_speech_tokenizer
+replace, calls = os.replace, []
+def replace_and_die(*names):
+    calls.append(names)
+    if len(calls) == 6:  # the settings and two blocks are there; a half-written shard is left behind
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+os.replace = replace_and_die
+folder = Path(sys.argv[1])
+prepare(
+    folder / "in" / "manifest.jsonl", folder / "out", rows_per_shard=2, progress=False,
+    speech_tokenizer=load_speech_tokenizer(folder / "speech"),
+    text_tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "text"),
+)
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list((tmp_path / "out").glob(".*.part"))
+    assert len(list((tmp_path / "out").glob("shard-*.parquet"))) == 2
+    with pytest.raises(ValueError, match="is not a store"):
+        Store(tmp_path / "out")
+    prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_ctrl_c_at_any_write_leaves_work_that_goes_on(tmp_path, tokenizers, monkeypatch):
+    source = mixed_manifest(tmp_path / "in")
+    whole = prepare(source, tmp_path / "whole", **tokenizers, rows_per_shard=4)
+    replace, interrupted = os.replace, []
+
+    def interrupt_once_per_file(aside, path):
+        if path not in interrupted:
+            interrupted.append(path)
+            raise KeyboardInterrupt
+        replace(aside, path)
+
+    monkeypatch.setattr(os, "replace", interrupt_once_per_file)
+    summary = None
+    while summary is None:
+        try:
+            summary = prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=4)
+        except KeyboardInterrupt:
+            assert not list((tmp_path / "out").rglob("*.part"))
+    assert len(interrupted) == 9  # settings, 3 shards, 3 records, quarantine, manifest
+    assert summary == whole
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_local_processes_give_the_same_store(tmp_path, tokenizers):
+    source = mixed_manifest(tmp_path / "in", count=16)
+    one = prepare(source, tmp_path / "one", **tokenizers, rows_per_shard=2)
+    two = prepare(source, tmp_path / "two", **tokenizers, rows_per_shard=2, workers=2)
+    assert one == two
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_finished_preparation_is_not_done_again(tmp_path, tokenizers, monkeypatch):
+    source = mixed_manifest(tmp_path / "in")
+    summary = prepare(source, tmp_path / "out", **tokenizers)
+    monkeypatch.setattr("smoltolk.data.prepare._prepare_row", None)
+    assert prepare(source, tmp_path / "out", **tokenizers) == summary
+
+
+def test_going_on_with_other_settings_is_refused_with_both_values(tmp_path, tokenizers):
+    source = mixed_manifest(tmp_path / "in")
+    prepare(source, tmp_path / "out", **tokenizers)
+    with pytest.raises(ValueError, match="rows_per_shard was 2048, is 7"):
+        prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=7)
+    other = tokenizers | {"speech_tokenizer": MelTokenizer.fit([sound(1), sound(2)], num_units=8)}
+    with pytest.raises(ValueError, match="speech_tokenizer was"):
+        prepare(source, tmp_path / "out", **other)
+    with open(source, "a") as file:
+        file.write(json.dumps({"text": "one"}) + "\n")
+    with pytest.raises(ValueError, match="source_rows was 10, is 11; source_sha256 was"):
+        prepare(source, tmp_path / "out", **tokenizers)
+
+
+def test_a_full_disk_names_the_path_and_leaves_work_that_goes_on(tmp_path, tokenizers, monkeypatch):
+    source = mixed_manifest(tmp_path / "in")
+    prepare(source, tmp_path / "whole", **tokenizers, rows_per_shard=4)
+    replace = os.replace
+
+    def full(aside, path):
+        if path.name == "shard-00001.parquet":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(aside, path)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*shard-00001\.parquet"):
+        prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=4)
+    assert not list((tmp_path / "out").rglob("*.part"))
+    monkeypatch.undo()
+    prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=4)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.jsonl", '{"text": "one"}\n{"text": ', "m.jsonl:2 is not JSON"),
+        ("m.jsonl", "[1]\n", "m.jsonl:1 is not a JSON object"),
+        ("m.jsonl", '{"txt": "one"}\n', "unknown column 'txt': columns are id, audio, text"),
+        ("m.jsonl", '{"text": 3}\n', "text is 3: give a string"),
+        ("m.jsonl", '{"text": "a", "word_ends_s": "[1"}\n', "word_ends_s is '[1'"),
+        (
+            "m.jsonl",
+            '{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}\n',
+            "'x' twice (m.jsonl:1 and m.jsonl:2)",
+        ),
+        ("m.jsonl", "\n", "has no rows"),
+        ("m.csv", "text\none,two\n", "m.csv:2 has more cells than the header"),
+        ("m.csv", 'text,word_ends_s\none,"[0.1"\n', "word_ends_s is '[0.1'"),
+        ("m.txt", "", "of no known kind"),
+        ("m.jsonl", None, "does not exist"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_refused_with_its_line(
+    tmp_path, tokenizers, name, content, message
+):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r".") as error:
+        prepare(tmp_path / name, tmp_path / "out", **tokenizers)
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_in_another_encoding_is_refused(tmp_path, tokenizers):
+    (tmp_path / "m.csv").write_bytes("text\nnaïve\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        prepare(tmp_path / "m.csv", tmp_path / "out", **tokenizers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": 0}, "workers is 0"),
+        ({"rows_per_shard": 0}, "rows_per_shard is 0"),
+        ({"splits": {"train": 0.5}}, "add up to 1"),
+        ({"speech_tokenizer": None}, "0.wav has audio, but speech_tokenizer is None"),
+        ({"text_tokenizer": None}, "0.wav has text, but text_tokenizer is None"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path, tokenizers, changes, message):
+    source = mixed_manifest(tmp_path / "in")
+    with pytest.raises(ValueError, match=r".") as error:
+        prepare(source, tmp_path / "out", **(tokenizers | changes))
+    assert message in str(error.value)
+
+
+def test_a_second_preparation_at_the_same_time_is_refused(tmp_path, tokenizers):
+    source = mixed_manifest(tmp_path / "in")
+    with (
+        store_module.lock(tmp_path / "out"),
+        pytest.raises(ValueError, match="being written by another process"),
+    ):
+        prepare(source, tmp_path / "out", **tokenizers)

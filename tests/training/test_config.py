@@ -1,0 +1,85 @@
+"""Recipes: what is refused, and how it is said."""
+
+import re
+
+import pytest
+import yaml
+from tests.conftest import tiny_recipe
+
+from smoltolk import SmolTolkConfig
+from smoltolk.training.config import ModelSettings, load_recipe, make_recipe
+from smoltolk.training.optim import trapezoid
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return tiny_recipe(tmp_path, tmp_path / "run")
+
+
+def put(settings, key, value):
+    *path, last = key.split(".")
+    for part in path:
+        settings = settings[int(part) if part.isdigit() else part]
+    settings[last] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("sead", 1, "sead: unknown key; did you mean seed?"),
+        ("model.layer_mixin", "last", "model.layer_mixin: unknown key; did you mean layer_mixing"),
+        ("stages.0.learning_rat", 1, "stages.0.learning_rat: unknown key; did you mean learning_rate"),
+        ("stages.1.mixture.speach", 1, "stages.1.mixture.speach: unknown key; did you mean speech"),
+        ("data.interleaved.0.stor", "x", "data.interleaved.0.stor: unknown key; did you mean store"),
+        ("model.layer_mixing", "first", "model.layer_mixing: 'first' is refused"),
+        ("stages.0.steps", 0, "stages.0.steps: 0 is refused"),
+        ("stages.0.learning_rate", -1, "stages.0.learning_rate: -1 is refused"),
+        ("stages.0.rows_per_micro_batch", 3, "rows_per_step 4 is not a multiple of rows_per_micro_batch 3"),
+        ("stages.1.decay_steps", 9, "decay_steps 9 do not fit into its 5 steps"),
+        ("stages", [], "stages: [] is refused"),
+        ("precision", "fp8", "precision: 'fp8' is refused"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(settings, key, value, message):
+    put(settings, key, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_recipe(settings)
+
+
+def test_a_missing_key_is_named(settings):
+    del settings["model"]["backbone"]
+    with pytest.raises(ValueError, match=r"model\.backbone: missing"):
+        make_recipe(settings)
+
+
+def test_a_recipe_is_read_from_yaml(settings, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert load_recipe(path) == make_recipe(settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("- a\n- b", "holds no settings"), ("a: [", "is not YAML"), (None, "cannot be read")],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)
+
+
+def test_the_models_settings_are_those_of_the_configuration():
+    config = SmolTolkConfig()
+    for name, field in ModelSettings.model_fields.items():
+        if name not in ("backbone", "initializer_range"):  # the latter is resolved from the backbone
+            assert getattr(config, name) == field.default, name
+
+
+def test_the_learning_rate_rises_stays_and_falls(settings):
+    put(settings, "stages.0.steps", 10)
+    put(settings, "stages.0.warmup_steps", 4)
+    put(settings, "stages.0.decay_steps", 2)
+    stage = make_recipe(settings).stages[0]
+    assert [trapezoid(step, stage) for step in range(10)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5]

@@ -1,0 +1,194 @@
+"""Training: exact resume, stages, faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tests.conftest import EARLY_FUSION, tiny_recipe
+
+from smoltolk import SmolTolkForCausalLM
+from smoltolk.training import checkpoints
+from smoltolk.training.checkpoints import list_checkpoints, load_state
+from smoltolk.training.config import make_recipe
+from smoltolk.training.trainer import Trainer, TrainingStopped, read_metrics
+
+
+def run(settings, **arguments):
+    return Trainer(make_recipe(settings), progress=False, **arguments).run()
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def curve(folder):
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def assert_same_run(a, b):
+    ours, theirs = weights(a / "model"), weights(b / "model")
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert curve(a) == curve(b)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(tiny_recipe(tiny_world, folder))
+    return folder
+
+
+def test_stage_1_trains_the_speech_parts_and_stage_2_everything(tiny_world, tmp_path):
+    settings = tiny_recipe(tiny_world, tmp_path)
+    recipe = make_recipe(settings | {"stages": settings["stages"][:1]})
+    before = {
+        name: p.detach().clone() for name, p in Trainer(recipe, progress=False).model.named_parameters()
+    }
+    after = dict(
+        SmolTolkForCausalLM.from_pretrained(Trainer(recipe, progress=False).run()).named_parameters()
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if not name.startswith("lm.")}
+
+    both = settings | {"output": str(tmp_path / "both")}
+    after = dict(SmolTolkForCausalLM.from_pretrained(run(both)).named_parameters())
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_metrics_have_both_losses_and_validation_has_every_task(whole_run):
+    lines = curve(whole_run)
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert all(line["text_loss"] > 0 and line["speech_loss"] > 0 for line in lines[:4])
+    validated = [line for line in lines if "validation_speech_loss" in line]
+    assert [line["step"] for line in validated] == [3, 4, 6, 9]
+    assert all(
+        line[f"validation_{t}_loss"] > 0 for line in validated for t in ("interleaved", "speech", "text")
+    )
+    assert lines[-1]["tokens"] == 9 * 4 * 32
+    assert lines[-1]["flops"] > 0
+    assert lines[0]["learning_rate"] == pytest.approx(1e-2)
+    assert [line["learning_rate"] for line in lines[4:]] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3, 5e-4])
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 6])
+def test_a_stopped_run_goes_on_to_the_very_same_end(tiny_world, tmp_path, whole_run, stop_at):
+    settings = tiny_recipe(tiny_world, tmp_path)
+
+    def interrupt(metrics):
+        if metrics["step"] == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingStopped, match=f"stopped after step {stop_at} of 9, .* run the same command"):
+        run(settings, on_step=interrupt)
+    assert load_state(list_checkpoints(tmp_path / "checkpoints")[-1]).step == stop_at
+    run(settings)
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_a_killed_run_goes_on_to_the_very_same_end(tiny_world, tmp_path, whole_run):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(tiny_world, tmp_path)))
+    command = [sys.executable, "-m", "smoltolk", "train", str(recipe), "--no-progress"]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(read_metrics(metrics)) >= 3):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    run(tiny_recipe(tiny_world, tmp_path))
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_micro_batches_change_nothing_but_rounding(tiny_world, tmp_path, whole_run):
+    settings = tiny_recipe(tiny_world, tmp_path)
+    for stage in settings["stages"]:
+        stage["rows_per_micro_batch"] = 4
+    run(settings)
+    for ours, theirs in zip(curve(tmp_path), curve(whole_run), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+def test_early_fusion_sees_the_same_rows(tiny_world, tmp_path, whole_run):
+    settings = tiny_recipe(tiny_world, tmp_path)
+    settings["model"] = {"backbone": settings["model"]["backbone"], **EARLY_FUSION}
+    run(settings)
+    counts = ("step", "tokens", "text_labels", "speech_labels")
+    assert [[line[k] for k in counts] for line in curve(tmp_path)] == [
+        [line[k] for k in counts] for line in curve(whole_run)
+    ]
+    assert curve(tmp_path)[-1]["flops"] < curve(whole_run)[-1]["flops"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_intact(tiny_world, tmp_path, whole_run, monkeypatch):
+    settings = tiny_recipe(tiny_world, tmp_path)
+    save = torch.save
+
+    def disk_full(state, path):
+        if "00000006" in str(path):
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(checkpoints.torch, "save", disk_full)
+    with pytest.raises(OSError, match=r"step-00000006 could not be written .*No space left.*make room"):
+        run(settings)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"]
+    monkeypatch.undo()
+    run(settings)
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_stop_the_run(tiny_world, tmp_path):
+    settings = tiny_recipe(tiny_world, tmp_path, max_skipped_steps=2)
+    trainer = Trainer(make_recipe(settings), progress=False)
+    with torch.no_grad():
+        trainer.model.unit_embeddings.weight[:] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"3 steps .* max_skipped_steps 2.* utterances u\d"):
+        trainer.run()
+    lines = curve(tmp_path)
+    assert [line["skipped_steps"] for line in lines] == [1, 2]
+    assert all(line["loss"] is None for line in lines)
+
+
+def test_another_recipe_does_not_go_on_with_a_run(tiny_world, tmp_path):
+    settings = tiny_recipe(tiny_world, tmp_path)
+    run(settings)
+    with pytest.raises(ValueError, match="holds a run of another recipe"):
+        run(settings | {"seed": 1})
+
+
+def test_a_row_longer_than_the_backbones_positions_is_refused(tiny_world, tmp_path):
+    settings = tiny_recipe(tiny_world, tmp_path)
+    settings["stages"][0]["row_tokens"] = 257
+    with pytest.raises(ValueError, match="row_tokens is 257, but the backbone has 256 positions"):
+        run(settings)
+
+
+def test_a_store_of_another_text_tokenizer_is_refused(tiny_world, tmp_path):
+    backbone = tmp_path / "backbone"
+    backbone.mkdir()
+    for file in (tiny_world / "backbone").iterdir():
+        (backbone / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((backbone / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (backbone / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = tiny_recipe(tiny_world, tmp_path / "run")
+    settings["model"]["backbone"] = str(backbone)
+    with pytest.raises(ValueError, match="was made with the text tokenizer"):
+        run(settings)
+
+
+def test_a_finished_run_is_not_run_again(tiny_world, tmp_path, whole_run):
+    before = (whole_run / "metrics.jsonl").stat().st_mtime_ns, weights(whole_run / "model")
+    run(tiny_recipe(tiny_world, whole_run))
+    assert curve(whole_run)[-1]["step"] == 9
+    assert all(torch.equal(weights(whole_run / "model")[name], w) for name, w in before[1].items())
