@@ -51,9 +51,7 @@ def store(tmp_path):
 def source(*stores, **changes):
     weighted = [(store, 1.0) for store in stores]
     settings = {"mixture": TaskMixture(), "ids": IDS, "row_tokens": 64, "policy": SpanPolicy((2, 5), (2, 4))}
-    return BatchSource(
-        {"interleaved": weighted, "speech": weighted, "text": weighted}, **(settings | changes)
-    )
+    return BatchSource({"interleaved": weighted, "speech": weighted, "text": weighted}, **(settings | changes))
 
 
 def test_a_batch_has_shapes_labels_and_names_of_its_samples(store):
@@ -118,9 +116,7 @@ def test_tasks_and_stores_are_drawn_by_their_weights(tmp_path):
     batch = mixed.batch(seed=0, step=0, rows=600)
     assert batch.tasks.count("interleaved") == pytest.approx(400, abs=40)
     assert batch.tasks.count("text") == 0
-    drawn = [
-        names[0][0] for names, task in zip(batch.sample_ids, batch.tasks, strict=True) if task != "speech"
-    ]
+    drawn = [names[0][0] for names, task in zip(batch.sample_ids, batch.tasks, strict=True) if task != "speech"]
     assert drawn.count("a") / len(drawn) == pytest.approx(0.75, abs=0.07)
 
 

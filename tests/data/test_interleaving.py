@@ -92,7 +92,7 @@ def test_every_unit_belongs_to_exactly_one_word(items):
             assert (starts[bounds[word + 1] :] > item.word_ends_s[word]).all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(utterances(), policies(), st.integers(0, 2**32))
 def test_every_word_appears_once_in_one_modality_and_switches_stand_at_changes_only(items, policy, seed):
     draws, drawn = endless(items)
@@ -148,7 +148,7 @@ def reads_back(ids, first_words, other_utterances):
     return len(ids) in reached
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(utterances(), policies(), st.integers(0, 2**32), st.integers(2, 150), st.booleans())
 def test_labels_equal_inputs_except_on_switches(items, policy, seed, row_tokens, predict_switch):
     row = interleave(
@@ -167,7 +167,7 @@ def test_labels_equal_inputs_except_on_switches(items, policy, seed, row_tokens,
     assert (row.labels[is_switch] == (IDS.switch_id if predict_switch else -100)).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(utterances(), policies(), st.integers(0, 2**32))
 def test_end_tokens_stand_once_after_each_utterance_in_its_last_words_modality(items, policy, seed):
     draws, drawn = endless(items)
@@ -192,9 +192,7 @@ def test_a_speech_run_without_units_is_extended_until_it_has_one():
     )
     policy = SpanPolicy(text_words=(1, 1), speech_words=(1, 1))
     for seed in range(50):
-        stream = interleaved_stream(
-            endless([silent_start])[0], np.random.default_rng(seed), IDS, policy, RATE_HZ
-        )
+        stream = interleaved_stream(endless([silent_start])[0], np.random.default_rng(seed), IDS, policy, RATE_HZ)
         uncut = np.concatenate([next(stream) for _ in range(60)])
         assert not ((uncut[1:] == IDS.switch_id) & (uncut[:-1] == IDS.switch_id)).any()
         assert uncut[0] != IDS.switch_id

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from smoltolk.data import store as store_module
-from smoltolk.data.prepare import prepare
+from smoltolk.data.prepare import audio_files, prepare, read_manifest
 from smoltolk.data.store import Store
 from smoltolk.speech.units import MelTokenizer
 
@@ -72,11 +72,7 @@ def mixed_manifest(folder, count=10):
 
 
 def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def quarantine(folder):
@@ -95,9 +91,7 @@ def test_rows_of_all_kinds_become_a_store_and_bad_ones_are_quarantined(tmp_path,
     ]
     first, text_only, speech_only = store[0], store[2], store[4]
     assert first.text_ids.tolist() == [1, 2]
-    encoded = tokenizers["speech_tokenizer"].encode(
-        soundfile.read(tmp_path / "in" / "0.wav", dtype="float32")[0]
-    )
+    encoded = tokenizers["speech_tokenizer"].encode(soundfile.read(tmp_path / "in" / "0.wav", dtype="float32")[0])
     assert first.units.tolist() == encoded.units.tolist()
     assert first.unit_durations.tolist() == encoded.durations.tolist()
     assert first.seconds == 0.5
@@ -172,21 +166,29 @@ def test_a_folder_is_read_with_the_texts_beside_its_audio(tmp_path, tokenizers):
     assert "UTF-8" in quarantine(tmp_path / "out")[0]["reason"]
 
 
-def test_splits_are_drawn_by_their_shares_from_the_id_alone(tmp_path, tokenizers):
+def test_validation_rows_are_drawn_by_their_share_from_the_id_alone(tmp_path, tokenizers):
     rows = [{"id": f"row-{number}", "text": "one"} for number in range(400)]
-    prepare(
-        write_manifest(tmp_path / "a", rows), tmp_path / "out-a", **tokenizers, splits={"x": 0.7, "y": 0.3}
-    )
-    prepare(
-        write_manifest(tmp_path / "b", rows[::-2]),
-        tmp_path / "out-b",
-        **tokenizers,
-        splits={"x": 0.7, "y": 0.3},
-    )
-    a, b = Store(tmp_path / "out-a"), Store(tmp_path / "out-b")
-    assert len(a.ids_of_split("x")) == pytest.approx(280, abs=30)
+    a, b = tmp_path / "out-a", tmp_path / "out-b"
+    prepare(write_manifest(tmp_path / "a", rows), a, **tokenizers, validation_share=0.3)
+    prepare(write_manifest(tmp_path / "b", rows[::-2]), b, **tokenizers, validation_share=0.3)
+    a, b = Store(a), Store(b)
+    assert len(a.ids_of_split("train")) == pytest.approx(280, abs=30)
     split_of = {a[row].id: a[row].split for row in range(400)}
     assert all(split_of[b[row].id] == b[row].split for row in range(200))
+
+
+def test_audio_files_are_found_in_folders_and_in_order(tmp_path):
+    for name in ("b.WAV", "a.flac", "notes.txt", "part/c.mp3"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = audio_files([tmp_path / "z.raw", tmp_path])
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["z.raw", "a.flac", "b.WAV", "part/c.mp3"]
+
+
+def test_manifests_of_other_columns_are_read_for_others(tmp_path):
+    (tmp_path / "items.csv").write_text("id,prompt_text\na,once upon\nb,\n")
+    rows = list(read_manifest(tmp_path / "items.csv"))
+    assert rows == [{"id": "a", "prompt_text": "once upon"}, {"id": "b", "prompt_text": None}]
 
 
 def test_a_killed_preparation_goes_on_to_the_same_store(tmp_path, tokenizers):
@@ -315,9 +317,7 @@ def test_a_full_disk_names_the_path_and_leaves_work_that_goes_on(tmp_path, token
         ("m.jsonl", None, "does not exist"),
     ],
 )
-def test_a_manifest_that_cannot_be_read_is_refused_with_its_line(
-    tmp_path, tokenizers, name, content, message
-):
+def test_a_manifest_that_cannot_be_read_is_refused_with_its_line(tmp_path, tokenizers, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=r".") as error:
@@ -337,7 +337,7 @@ def test_a_manifest_in_another_encoding_is_refused(tmp_path, tokenizers):
     [
         ({"workers": 0}, "workers is 0"),
         ({"rows_per_shard": 0}, "rows_per_shard is 0"),
-        ({"splits": {"train": 0.5}}, "add up to 1"),
+        ({"validation_share": 1.5}, "validation_share is 1.5"),
         ({"speech_tokenizer": None}, "0.wav has audio, but speech_tokenizer is None"),
         ({"text_tokenizer": None}, "0.wav has text, but text_tokenizer is None"),
     ],

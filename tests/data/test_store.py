@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
+import os
 import resource
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -50,9 +49,7 @@ SPEECH_ONLY = aligned(
     speaker=None,
     split="validation",
 )
-TEXT_ONLY = aligned(
-    2, id="text", units=None, unit_durations=None, seconds=None, word_ends_s=None, source=None
-)
+TEXT_ONLY = aligned(2, id="text", units=None, unit_durations=None, seconds=None, word_ends_s=None, source=None)
 
 
 def assert_same(found, expected):
@@ -65,9 +62,7 @@ def assert_same(found, expected):
 
 
 def make_store(path, count=5, **settings):
-    return write_store(
-        path, [aligned(i) for i in range(count)], **(TOKENIZERS | {"rows_per_shard": 2} | settings)
-    )
+    return write_store(path, [aligned(i) for i in range(count)], **(TOKENIZERS | {"rows_per_shard": 2} | settings))
 
 
 def test_utterances_come_back_as_they_were_written(tmp_path):
@@ -99,9 +94,7 @@ def test_random_access_crosses_shards_and_row_groups_with_a_cache_of_one(tmp_pat
 
 def test_rows_are_found_by_split_and_by_half(tmp_path):
     unsplit = aligned(4, split=None)
-    store = write_store(
-        tmp_path / "s", [aligned(), SPEECH_ONLY, TEXT_ONLY, unsplit], **TOKENIZERS, rows_per_shard=2
-    )
+    store = write_store(tmp_path / "s", [aligned(), SPEECH_ONLY, TEXT_ONLY, unsplit], **TOKENIZERS, rows_per_shard=2)
     assert store.ids_of_split("train").tolist() == [0, 2]
     assert store.ids_of_split("train", has_speech=True).tolist() == [0]
     assert store.ids_of_split("validation").tolist() == [1]
@@ -169,9 +162,7 @@ def test_a_half_without_its_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no text_tokenizer_fingerprint"):
         write_store(tmp_path / "b", [TEXT_ONLY], text_tokenizer_fingerprint=None, speech_tokenizer=CARD)
     with pytest.raises(ValueError, match="lacks num_units, unit_rate_hz"):
-        write_store(
-            tmp_path / "c", [], text_tokenizer_fingerprint=None, speech_tokenizer={"fingerprint": "f"}
-        )
+        write_store(tmp_path / "c", [], text_tokenizer_fingerprint=None, speech_tokenizer={"fingerprint": "f"})
 
 
 def test_an_error_in_the_middle_leaves_no_store(tmp_path):
@@ -263,9 +254,7 @@ def test_units_out_of_range_are_found_when_a_store_is_opened(tmp_path):
     make_store(path)
     table = pq.read_table(path / "shard-00000.parquet")
     small = json.dumps(CARD | {"num_units": 10})
-    replace_shard(
-        path, table.replace_schema_metadata(table.schema.metadata | {b"smoltolk.speech_tokenizer": small})
-    )
+    replace_shard(path, table.replace_schema_metadata(table.schema.metadata | {b"smoltolk.speech_tokenizer": small}))
     with pytest.raises(ValueError, match="holds unit 19, but its speech tokenizer has 10 units"):
         Store(path)
 
@@ -280,9 +269,7 @@ def test_a_shard_of_another_store_is_refused(tmp_path):
 
 def test_a_shard_with_other_columns_is_refused(tmp_path):
     make_store(tmp_path / "a")
-    replace_shard(
-        tmp_path / "a", pq.read_table(tmp_path / "a" / "shard-00000.parquet").drop_columns(["speaker"])
-    )
+    replace_shard(tmp_path / "a", pq.read_table(tmp_path / "a" / "shard-00000.parquet").drop_columns(["speaker"]))
     with pytest.raises(ValueError, match="other columns"):
         Store(tmp_path / "a")
 
@@ -307,14 +294,12 @@ def test_a_second_writer_is_refused(tmp_path):
 
 
 def test_a_killed_writer_leaves_no_lock_and_no_leftovers(tmp_path):
-    code = (
-        "import os, sys; from pathlib import Path; from smoltolk.data.store import lock\n"
-        "folder = Path(sys.argv[1])\n"
-        "with lock(folder):\n"
-        "    (folder / '.shard-00000.parquet.1.part').touch(); (folder / 'shard-00009.parquet').touch()\n"
-        "    os._exit(9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    if (child := os.fork()) == 0:
+        with lock(tmp_path):
+            (tmp_path / ".shard-00000.parquet.1.part").touch()
+            (tmp_path / "shard-00009.parquet").touch()
+            os._exit(9)
+    os.waitpid(child, 0)
     assert (tmp_path / "shard-00009.parquet").exists()
     make_store(tmp_path)
     with lock(tmp_path):

@@ -51,13 +51,11 @@ def test_the_tokens_of_each_word_spell_the_word(tokenizer, text):
     assert ids.dtype == np.uint32
     assert counts.dtype == np.uint8
     assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
-    spelled = [
-        tokenizer.decode(part).replace("▁", " ").split() for part in np.split(ids, np.cumsum(counts)[:-1])
-    ]
+    spelled = [tokenizer.decode(part).replace("▁", " ").split() for part in np.split(ids, np.cumsum(counts)[:-1])]
     assert ["".join(part).replace(" ", "") for part in spelled] == text.split()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.text(min_size=1).filter(lambda text: text.split()))
 def test_any_text_has_its_tokens_once_and_a_token_for_every_word(text):
     ids, counts = encode_words(BYTE_LEVEL, text)

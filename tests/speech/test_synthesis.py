@@ -1,13 +1,18 @@
+import importlib
 import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
+import espeakng_loader
 import numpy as np
 import pytest
 
+from smoltolk.speech import synthesis
 from smoltolk.speech.synthesis import EspeakSynthesizer
 
 VOCABULARY = """
@@ -122,9 +127,7 @@ def test_an_unknown_voice_or_variant_is_refused(voice: str) -> None:
         EspeakSynthesizer(voice)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("rate_wpm", 20), ("rate_wpm", 2000), ("pitch", -1), ("pitch", 100)]
-)
+@pytest.mark.parametrize(("field", "value"), [("rate_wpm", 20), ("rate_wpm", 2000), ("pitch", -1), ("pitch", 100)])
 def test_a_rate_or_pitch_out_of_range_is_refused(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
         EspeakSynthesizer(**{field: value})
@@ -141,3 +144,18 @@ def test_a_ctrl_c_while_speaking_is_not_lost() -> None:
             synthesizer.speak("The red dog sat on the mat. " * 20)
     timer.join()
     assert len(synthesizer.speak("again").words) == 1
+
+
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    monkeypatch.delitem(sys.modules, "smoltolk.speech.synthesis")
+    with pytest.raises(ImportError, match=r"pip install 'smoltolk\[demo\]'"):
+        importlib.import_module("smoltolk.speech.synthesis")
+
+
+def test_a_data_folder_without_phonemes_is_refused_before_the_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(tmp_path))
+    with pytest.raises(RuntimeError, match="no phontab: reinstall"):
+        synthesis._Engine()

@@ -48,6 +48,8 @@ class SmolTolkOutput(ModelOutput):
         loss: summed cross-entropy over the number of labels, minus the weighted selector entropy, ().
         text_loss: mean cross-entropy over text labels, (); NaN without text labels.
         speech_loss: mean cross-entropy over speech labels, (); NaN without speech labels.
+        label_losses: cross-entropy of each label, (batch, seq), at the label's own place and 0 where there is
+            no label; when asked for.
         logits: scores of the next id over the whole id space, (batch, seq, vocab_size). The text and the
             speech block are normalised apart; control columns are −inf.
         layer_weights: how speech was mixed from the backbone's levels, (batch, seq, num_layers).
@@ -58,6 +60,7 @@ class SmolTolkOutput(ModelOutput):
     loss: Tensor | None = None
     text_loss: Tensor | None = None
     speech_loss: Tensor | None = None
+    label_losses: Tensor | None = None
     logits: Tensor | None = None
     layer_weights: Tensor | None = None
     past_key_values: Cache | None = None
@@ -215,6 +218,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
+        return_label_losses: bool = False,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -232,6 +236,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: whether to return a cache.
             logits_to_keep: score only the last so many positions, 0 for all.
             return_logits: whether to compute logits; by default when there are no labels.
+            return_label_losses: whether to return the loss of each label.
             output_hidden_states: whether to return the levels h⁰ … h^L.
             num_items_in_batch: number of labels to normalise the loss by; by default those of this batch.
             kwargs: passed to the backbone.
@@ -281,7 +286,9 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
         output = SmolTolkOutput(layer_weights=layer_weights, past_key_values=past_key_values)
         if labels is not None:
-            self._add_losses(output, last, speech, layer_weights, labels, is_real, num_items_in_batch)
+            losses = self._add_losses(output, last, speech, labels, is_real, num_items_in_batch)
+            if return_label_losses:
+                output.label_losses = losses
         if return_logits or (return_logits is None and labels is None):
             output.logits = self._logits(last[:, -logits_to_keep:], speech[:, -logits_to_keep:])
         if output_hidden_states:
@@ -368,22 +375,25 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         output: SmolTolkOutput,
         last: Tensor,
         speech: Tensor,
-        layer_weights: Tensor,
         labels: Tensor,
         is_real: Tensor,
         num_items_in_batch: Tensor | int | None,
-    ) -> None:
-        """Cross-entropy of every label over its own block, text or speech (paper, section 3)."""
+    ) -> Tensor:
+        """Cross-entropy of every label over its own block, text or speech (paper, section 3).
+
+        Fills in the losses of the output and returns those of the labels, (batch, seq).
+        """
         target = labels[:, 1:]
         is_text = (target >= 0) & (target < self.ids.text_vocab_size)
         is_unit = target >= self.ids.speech_offset
         # Heads run on labelled rows only: an empty choice still gives every parameter a gradient (of zero).
         text_logits = self._text_head(last[:, :-1][is_text])
         unit_logits = self._speech_head(speech[:, :-1][is_unit])
-        text_sum = F.cross_entropy(text_logits.float(), target[is_text], reduction="sum")
-        unit_sum = F.cross_entropy(
-            unit_logits.float(), target[is_unit] - self.ids.speech_offset, reduction="sum"
+        text_losses = F.cross_entropy(text_logits.float(), target[is_text], reduction="none")
+        unit_losses = F.cross_entropy(
+            unit_logits.float(), target[is_unit] - self.ids.speech_offset, reduction="none"
         )
+        text_sum, unit_sum = text_losses.sum(), unit_losses.sum()
         num_text, num_units = is_text.sum(), is_unit.sum()
         num_labels = (num_text + num_units).clamp(min=1)
         if num_items_in_batch is None:
@@ -391,11 +401,14 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         loss = (text_sum + unit_sum) / num_items_in_batch
         if self.config.selector_entropy_weight:
             share = num_labels / num_items_in_batch  # of this batch in what the loss is normalised by
-            entropy = mean_entropy(layer_weights, is_real) * (num_units > 0)  # no speech, no selection
+            entropy = mean_entropy(output.layer_weights, is_real) * (num_units > 0)  # no speech, no selection
             loss = loss - self.config.selector_entropy_weight * share * entropy
         output.loss = loss
         output.text_loss = text_sum / num_text
         output.speech_loss = unit_sum / num_units
+        losses = text_losses.new_zeros(target.shape)
+        losses = losses.masked_scatter(is_text, text_losses).masked_scatter(is_unit, unit_losses)
+        return F.pad(losses, (1, 0))
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.device.type != "cpu" or torch.compiler.is_compiling():

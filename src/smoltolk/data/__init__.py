@@ -1,0 +1,1 @@
+"""Data: the store of utterances, its preparation, interleaving, and batches."""

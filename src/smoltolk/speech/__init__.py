@@ -1,0 +1,1 @@
+"""Speech: the audio loader, speech tokenizers, vocoders and the synthesiser of the demo."""

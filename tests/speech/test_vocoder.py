@@ -1,0 +1,118 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smoltolk.speech.units import MelTokenizer, Units
+from smoltolk.speech.vocoder import MelVocoder
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer: MelTokenizer, audios: list[np.ndarray]) -> list[tuple[Units, np.ndarray]]:
+    return list(zip(tokenizer.encode_batch(audios), audios, strict=True))
+
+
+@pytest.fixture(scope="module")
+def vocoder(tokenizer: MelTokenizer, pairs: list[tuple[Units, np.ndarray]]) -> MelVocoder:
+    return MelVocoder.fit(pairs, tokenizer, steps=40)
+
+
+def test_decoded_audio_has_the_length_of_its_units_and_encodes_to_them_again(
+    vocoder: MelVocoder, tokenizer: MelTokenizer, pairs: list[tuple[Units, np.ndarray]]
+) -> None:
+    units, _ = pairs[2]
+    audio = vocoder.decode(units.units, units.durations)
+    assert audio.dtype == np.float32
+    assert len(audio) == 160 * units.durations.sum()
+    assert np.abs(audio).max() <= 1
+    assert np.mean(tokenizer.encode(audio).frames() == units.frames()) > 0.7
+
+
+def test_durations_are_predicted_near_the_true_ones(vocoder: MelVocoder, pairs: list[tuple[Units, np.ndarray]]) -> None:
+    units, _ = pairs[3]
+    predicted = vocoder.predict_durations(units.units)
+    assert predicted.min() >= 1
+    assert 0.6 < predicted.sum() / units.durations.sum() < 1.4
+    assert len(vocoder.decode(units.units)) == 160 * predicted.sum()
+
+
+def test_decoding_twice_gives_the_same_audio(vocoder: MelVocoder) -> None:
+    units = np.array([1, 5, 2, 2, 0])
+    np.testing.assert_array_equal(vocoder.decode(units), vocoder.decode(units))
+
+
+def test_a_single_unit_of_one_frame_is_decoded(vocoder: MelVocoder) -> None:
+    assert vocoder.decode(np.array([3]), np.array([1])).shape == (160,)
+
+
+def test_training_twice_gives_the_same_vocoder_and_reports_every_step(
+    tokenizer: MelTokenizer, pairs: list[tuple[Units, np.ndarray]]
+) -> None:
+    done: list[int] = []
+    units = pairs[0][0].units
+    first = MelVocoder.fit(pairs[:2], tokenizer, steps=3, progress=done.append)
+    second = MelVocoder.fit(iter(pairs[:2]), tokenizer, steps=3)
+    assert done == [1, 1, 1]
+    np.testing.assert_array_equal(first.decode(units), second.decode(units))
+
+
+def test_a_saved_vocoder_comes_back(vocoder: MelVocoder, tokenizer: MelTokenizer, tmp_path: Path) -> None:
+    vocoder.save(tmp_path / "vocoder")
+    loaded = MelVocoder.load(tmp_path / "vocoder", tokenizer)
+    units = np.array([4, 1, 7])
+    np.testing.assert_array_equal(loaded.decode(units), vocoder.decode(units))
+    assert loaded.tokenizer_fingerprint == tokenizer.fingerprint
+    assert sorted(p.name for p in (tmp_path / "vocoder").iterdir()) == ["vocoder.json", "vocoder.safetensors"]
+
+
+def test_a_vocoder_of_another_tokenizer_is_refused(
+    vocoder: MelVocoder, audios: list[np.ndarray], tmp_path: Path
+) -> None:
+    vocoder.save(tmp_path)
+    with pytest.raises(ValueError, match="train a vocoder for this tokenizer"):
+        MelVocoder.load(tmp_path, MelTokenizer.fit(audios, num_units=12, seed=9))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("vocoder.json", None),
+        ("vocoder.json", b"{"),
+        ("vocoder.json", b"{}"),
+        ("vocoder.safetensors", None),
+        ("vocoder.safetensors", b"damaged"),
+    ],
+)
+def test_a_damaged_folder_is_refused(vocoder: MelVocoder, tmp_path: Path, file: str, content: bytes | None) -> None:
+    vocoder.save(tmp_path)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match="not a whole vocoder"):
+        MelVocoder.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("units", "durations", "message"),
+    [
+        ([], None, "units is empty"),
+        ([0, 12], None, "knows 0 to 11"),
+        ([-1, 3], None, "knows 0 to 11"),
+        ([1, 2], [1], "durations"),
+        ([1, 2], [1, 0], "durations"),
+    ],
+)
+def test_units_that_cannot_be_decoded_are_refused(
+    vocoder: MelVocoder, units: list[int], durations: list[int] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        vocoder.decode(np.array(units, dtype=np.int64), None if durations is None else np.array(durations))
+
+
+def test_training_on_nothing_or_on_units_of_other_audio_is_refused(
+    tokenizer: MelTokenizer, pairs: list[tuple[Units, np.ndarray]]
+) -> None:
+    with pytest.raises(ValueError, match="pairs is empty"):
+        MelVocoder.fit([], tokenizer)
+    with pytest.raises(ValueError, match="encode this audio again"):
+        MelVocoder.fit([(pairs[0][0], pairs[1][1])], tokenizer)
