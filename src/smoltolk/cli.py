@@ -43,13 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.set_defaults(run=_fit_tokenizer, resume_hint="stopped; nothing was written")
 
     prepare = commands.add_parser("prepare", help="make a store of units and text from recordings")
-    prepare.add_argument(
-        "source", type=Path, help="JSONL or CSV manifest, or a folder of audio and .txt files"
-    )
+    prepare.add_argument("source", type=Path, help="JSONL or CSV manifest, or a folder of audio and .txt files")
     prepare.add_argument("output", type=Path, help="folder of the store")
-    prepare.add_argument(
-        "--speech-tokenizer", type=Path, required=True, help="folder of the speech tokenizer"
-    )
+    prepare.add_argument("--speech-tokenizer", type=Path, required=True, help="folder of the speech tokenizer")
     prepare.add_argument("--text-tokenizer", required=True, help="folder or name of the text LM's tokenizer")
     prepare.add_argument("--validation-share", type=float, default=0.0, help="share of rows for validation")
     prepare.add_argument("--workers", type=int, default=1, help="processes")
@@ -64,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", type=Path, help="folder of a trained model")
     evaluate.add_argument("items", type=Path, help="Parquet, JSONL or CSV file of cloze items")
     evaluate.add_argument("--output", type=Path, required=True, help="folder for the results")
-    evaluate.add_argument(
-        "--pairs", nargs="+", help="modality pairs, such as S→T or S-T; default: all there are"
-    )
+    evaluate.add_argument("--pairs", nargs="+", help="modality pairs, such as S→T or S-T; default: all there are")
     evaluate.add_argument("--protocol", default="continuation-mean")
     evaluate.add_argument("--batch-size", type=int, default=48)
     evaluate.add_argument("--device", default="cpu")
@@ -75,9 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue a prompt of text and audio")
     generate.add_argument("model", type=Path, help="folder of a trained model")
     generate.add_argument("--text", dest="prompt", action=_PromptPart, help="a part of the prompt; in order")
-    generate.add_argument(
-        "--audio", dest="prompt", action=_PromptPart, type=Path, help="a part of the prompt"
-    )
+    generate.add_argument("--audio", dest="prompt", action=_PromptPart, type=Path, help="a part of the prompt")
     generate.add_argument("--to", choices=("text", "speech"), required=True)
     generate.add_argument("--output", type=Path, help="WAV file for speech")
     generate.add_argument("--max-new-tokens", type=int, default=128)
@@ -98,9 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 class _PromptPart(argparse.Action):
     """Collects texts and audio files in the order they are given."""
 
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), values])
 
 
@@ -157,9 +147,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         protocol=PROTOCOLS[options.protocol],
         batch_size=options.batch_size,
     )
-    path = result.save(
-        options.output, items=str(options.items), checkpoint=checkpoint_fingerprint(options.model)
-    )
+    path = result.save(options.output, items=str(options.items), checkpoint=checkpoint_fingerprint(options.model))
     table = Table("pair", "kind", "n", "accuracy %", "standard error", "95 % interval", title=result.protocol)
     for pair, kinds in result.summary().items():
         for kind, a in kinds.items():
@@ -172,7 +160,6 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     from smoltolk.generation.pipeline import SmolTolkPipeline
-    from smoltolk.speech.audio import save_wav
 
     if options.to == "speech" and options.output is None:
         raise ValueError("--to speech needs --output, the WAV file to write")
@@ -188,8 +175,8 @@ def _generate(options: argparse.Namespace) -> None:
     if continuation.text is not None:
         print(continuation.text)
     elif continuation.audio is not None:
-        save_wav(options.output, continuation.audio, continuation.sample_rate_hz)
-        print(f"{options.output}: {len(continuation.audio) / continuation.sample_rate_hz:.2f} s")
+        continuation.save(options.output)
+        print(options.output)
     elif pipeline.vocoder is None:
         raise ValueError(f"{options.model} was kept without a vocoder: units cannot become audio")
     else:

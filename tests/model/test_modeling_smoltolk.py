@@ -30,9 +30,7 @@ def test_text_logits_are_the_bare_backbones(settings):
     model = tiny_model(**settings)
     ids = torch.randint(0, TEXT_VOCAB, (2, 30))
     with torch.no_grad():
-        torch.testing.assert_close(
-            model(ids).logits[..., :TEXT_VOCAB], model.lm(ids).logits, atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(model(ids).logits[..., :TEXT_VOCAB], model.lm(ids).logits, atol=1e-5, rtol=0)
 
 
 @every_ablation
@@ -134,9 +132,7 @@ def test_cached_decoding_of_left_padded_rows_equals_each_row_alone(model):
         step = model(ids[:, :20], attention_mask=mask[:, :20], use_cache=True)
         logits = [step.logits]
         for t in range(20, 30):
-            step = model(
-                ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=step.past_key_values
-            )
+            step = model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=step.past_key_values)
             logits.append(step.logits)
         logits = torch.cat(logits, 1)
         for i, row in enumerate(rows):

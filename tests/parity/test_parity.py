@@ -52,9 +52,7 @@ def test_logits_layer_weights_and_losses_are_the_authors(variant, batch):
     if "selector_weights" in golden:
         torch.testing.assert_close(output.layer_weights, golden["selector_weights"], atol=2e-4, rtol=0)
         static = model.layer_selector.static_logits.detach()
-        torch.testing.assert_close(
-            static.softmax(0), golden["static_layer_weights"].flatten(), atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(static.softmax(0), golden["static_layer_weights"].flatten(), atol=1e-6, rtol=0)
 
     # Their targets are the row moved by one: add the last one, so that our shift finds them all.
     ids = torch.cat([inputs, targets[:, -1:]], 1)

@@ -50,12 +50,8 @@ def whole_run(tiny_world, tmp_path_factory):
 def test_stage_1_trains_the_speech_parts_and_stage_2_everything(tiny_world, tmp_path):
     settings = tiny_recipe(tiny_world, tmp_path)
     recipe = make_recipe(settings | {"stages": settings["stages"][:1]})
-    before = {
-        name: p.detach().clone() for name, p in Trainer(recipe, progress=False).model.named_parameters()
-    }
-    after = dict(
-        SmolTolkForCausalLM.from_pretrained(Trainer(recipe, progress=False).run()).named_parameters()
-    )
+    before = {name: p.detach().clone() for name, p in Trainer(recipe, progress=False).model.named_parameters()}
+    after = dict(SmolTolkForCausalLM.from_pretrained(Trainer(recipe, progress=False).run()).named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if not name.startswith("lm.")}
 
@@ -70,9 +66,7 @@ def test_metrics_have_both_losses_and_validation_has_every_task(whole_run):
     assert all(line["text_loss"] > 0 and line["speech_loss"] > 0 for line in lines[:4])
     validated = [line for line in lines if "validation_speech_loss" in line]
     assert [line["step"] for line in validated] == [3, 4, 6, 9]
-    assert all(
-        line[f"validation_{t}_loss"] > 0 for line in validated for t in ("interleaved", "speech", "text")
-    )
+    assert all(line[f"validation_{t}_loss"] > 0 for line in validated for t in ("interleaved", "speech", "text"))
     assert lines[-1]["tokens"] == 9 * 4 * 32
     assert lines[-1]["flops"] > 0
     assert lines[0]["learning_rate"] == pytest.approx(1e-2)

@@ -43,12 +43,11 @@ from smoltolk.data.store import (
     Utterance,
     check_utterance,
     lock,
-    write_aside,
     write_manifest,
     write_shard,
 )
 from smoltolk.data.text import encode_words, tokenizer_fingerprint
-from smoltolk.speech.audio import load_audio
+from smoltolk.speech.audio import load_audio, write_atomically
 from smoltolk.speech.units import SpeechTokenizer
 
 SETTINGS = "prepare.json"
@@ -510,7 +509,7 @@ def _finish(output: Path, settings: dict[str, Any], num_blocks: int) -> PrepareS
         seconds=sum(record["seconds"] for record in records),
     )
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in quarantined)
-    write_aside(output / QUARANTINE, lines.encode())
+    write_atomically(output / QUARANTINE, lines.encode())
     _write_json(output / SETTINGS, settings | {"summary": asdict(summary)})
     write_manifest(output, [Shard(**record["shard"]) for record in records])
     shutil.rmtree(output / BLOCKS)
@@ -522,4 +521,4 @@ def _block_record(output: Path, number: int) -> Path:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_aside(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from smoltolk.speech.audio import write_atomically as write_aside
+from smoltolk.speech.audio import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -334,14 +334,14 @@ def write_shard(folder: Path, number: int, utterances: Sequence[Utterance], meta
     pq.write_table(table, sink, row_group_size=ROWS_PER_GROUP, compression="zstd")
     data = sink.getvalue().to_pybytes()
     file = f"shard-{number:05d}.parquet"
-    write_aside(folder / file, data)
+    write_atomically(folder / file, data)
     return Shard(file, len(utterances), len(data), hashlib.sha256(data).hexdigest())
 
 
 def write_manifest(folder: Path, shards: Iterable[Shard]) -> None:
     """Write the manifest: from now on the folder is a store."""
     manifest = {"format_version": FORMAT_VERSION, "shards": [asdict(shard) for shard in shards]}
-    write_aside(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 class StoreWriter:

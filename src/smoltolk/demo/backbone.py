@@ -67,9 +67,9 @@ def pretrain_backbone(
         tie_word_embeddings=True,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="eager",  # on a CPU, at this size, faster than the fused kernels
     )
     model = LlamaForCausalLM(config).train()
+    model.set_attn_implementation("eager")  # on a CPU, at this size, faster than the fused kernels
     with torch.no_grad():
         for layer in model.model.layers:
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -77,7 +77,7 @@ def pretrain_backbone(
     source = BatchSource(
         {"text": [(Store(text_store), 1.0)]},
         mixture=TaskMixture(interleaved=0, speech=0, text=1),
-        ids=IdSpace(config.vocab_size, num_units=1, end_of_text_id=config.eos_token_id),
+        ids=IdSpace(config.vocab_size, num_units=1, end_of_text_id=tokenizer.eos_token_id),
         row_tokens=settings.row_tokens,
     )
     matrices = [p for p in model.model.layers.parameters() if p.ndim >= 2]
@@ -85,7 +85,8 @@ def pretrain_backbone(
     others = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
+    generator.manual_seed(seed)
     warmup, decay = max(1, settings.steps // 20), max(1, 3 * settings.steps // 10)
     losses = []
     for step in range(settings.steps):
@@ -97,7 +98,7 @@ def pretrain_backbone(
             loss = model(
                 batch.input_ids,
                 labels=batch.labels,
-                position_ids=stretched_positions(*batch.input_ids.shape, generator),
+                position_ids=stretched_positions(settings.rows_per_step, settings.row_tokens, generator),
             ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

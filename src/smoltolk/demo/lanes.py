@@ -32,9 +32,7 @@ class Lane:
 
 def progress_bar() -> Progress:
     """The demo's progress bar."""
-    return Progress(
-        TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    )
+    return Progress(TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
 
 
 def run_lanes(lanes: Mapping[str, Lane], logs: Path) -> dict[str, float]:
@@ -50,7 +48,9 @@ def run_lanes(lanes: Mapping[str, Lane], logs: Path) -> dict[str, float]:
     """
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    processes, counters, seconds = {}, {}, {}
+    processes: dict[str, Any] = {}
+    counters: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
     started = time.perf_counter()
     for name, lane in lanes.items():
         counters[name] = context.Value("l", 0)

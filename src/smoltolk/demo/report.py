@@ -12,19 +12,17 @@ import pyarrow.parquet as pq
 import soundfile
 from rich.table import Table
 
-from smoltolk.data.store import write_aside
 from smoltolk.demo.world import CLOZE_KINDS
 from smoltolk.evaluation.results import bootstrap
 from smoltolk.evaluation.tasks import PAIRS
+from smoltolk.speech.audio import write_atomically
 from smoltolk.training.trainer import read_metrics
 
 TITLES = {"smoltolk": "SmolTolk", "early-fusion": "early fusion", "text-alone": "text alone"}
 COLOURS = {"smoltolk": "#1b6ca8", "early-fusion": "#d1495b", "text-alone": "#7a7a7a"}
 
 
-def collect(
-    folder: Path, seed: int, steps: dict[str, dict[str, Any]], models: Sequence[str]
-) -> dict[str, Any]:
+def collect(folder: Path, seed: int, steps: dict[str, dict[str, Any]], models: Sequence[str]) -> dict[str, Any]:
     """Everything the report says about one seed, read back from what its steps wrote."""
     result: dict[str, Any] = {"seed": seed, "folder": str(folder), "steps": steps, "models": {}}
     for name in (*models, "text-alone"):
@@ -44,8 +42,7 @@ def collect(
 def _differences(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     """SmolTolk minus early fusion on the same items: mean difference and its interval over couples."""
     tables = [
-        pq.read_table(folder / f"{name}-cloze" / "items.parquet").to_pydict()
-        for name in ("smoltolk", "early-fusion")
+        pq.read_table(folder / f"{name}-cloze" / "items.parquet").to_pydict() for name in ("smoltolk", "early-fusion")
     ]
     ours, theirs = tables
     if ours["id"] != theirs["id"] or ours["pair"] != theirs["pair"]:
@@ -104,9 +101,7 @@ def verdict(results: Sequence[dict[str, Any]]) -> list[str]:
                 spread = f"95 % interval over couples {low:+.1f} … {high:+.1f}, one seed"
                 level = "the noise of the items, though one seed says nothing about another training run"
             who = "SmolTolk leads" if points > 0 else "early fusion leads"
-            claim = (
-                f"{who} by {abs(points):.1f} points, more than {level}" if is_clear else "no clear difference"
-            )
+            claim = f"{who} by {abs(points):.1f} points, more than {level}" if is_clear else "no clear difference"
             sentences.append(f"{kind} cloze, {pair}: {claim} ({points:+.1f} points; {spread}).")
     return sentences
 
@@ -142,7 +137,7 @@ def write_report(output: Path, results: Sequence[dict[str, Any]], settings: dict
     matplotlib.use("Agg")
     summary, words = summarise(results), verdict(results)
     record = {"settings": settings, "summary": summary, "verdict": words, "seeds": results}
-    write_aside(output / "results.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
+    write_atomically(output / "results.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
     first = results[0]
     page = {
         "models": TITLES,
@@ -160,8 +155,7 @@ def write_report(output: Path, results: Sequence[dict[str, Any]], settings: dict
         "weights_picture": _weights_picture(first["steps"]["analysis"]),
         "num_positions": first["steps"]["analysis"]["num_positions"],
         "prompts": [
-            _playable(prompt, Path(first["folder"]) / "sounds")
-            for prompt in first["steps"]["prompts"]["prompts"]
+            _playable(prompt, Path(first["folder"]) / "sounds") for prompt in first["steps"]["prompts"]["prompts"]
         ],
         "speech": first["steps"]["speech"],
         "runs": [
@@ -176,7 +170,7 @@ def write_report(output: Path, results: Sequence[dict[str, Any]], settings: dict
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     path = output / "report.html"
-    write_aside(path, environment.from_string(template).render(page).encode())
+    write_atomically(path, environment.from_string(template).render(page).encode())
     return path
 
 
@@ -235,9 +229,7 @@ def _curves_picture(results: Sequence[dict[str, Any]]) -> str:
     )
     for axes, (key, title) in zip(figure.subplots(1, 3), shown, strict=True):
         for name, colour in COLOURS.items():
-            for i, curve in enumerate(
-                r["models"][name]["curve"] for r in results if "curve" in r["models"][name]
-            ):
+            for i, curve in enumerate(r["models"][name]["curve"] for r in results if "curve" in r["models"][name]):
                 lines = [line for line in curve if line.get(key or "validation_speech_loss") is not None]
                 tokens = np.array([line["tokens"] for line in lines]) / 1e6
                 losses = np.array([line[key or "validation_speech_loss"] for line in lines])
@@ -265,9 +257,7 @@ def _weights_picture(analysis: dict[str, Any]) -> str:
     )
     for axes, values, label in panels:
         weights = np.array(values)
-        image = axes.imshow(
-            np.ma.masked_less(weights, 0).T, aspect="auto", origin="lower", vmin=0, cmap="viridis"
-        )
+        image = axes.imshow(np.ma.masked_less(weights, 0).T, aspect="auto", origin="lower", vmin=0, cmap="viridis")
         axes.set_yticks(range(weights.shape[1]), range(1, weights.shape[1] + 1))
         axes.set_xlabel(label)
         axes.set_ylabel("backbone level")

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from smoltolk.analysis.layer_weights import layer_weights
 from smoltolk.data.dataset import BatchSource, TaskMixture
-from smoltolk.data.store import Store, write_aside
+from smoltolk.data.store import Store
 from smoltolk.demo import report
 from smoltolk.demo.backbone import BackboneSettings, pretrain_backbone
 from smoltolk.demo.lanes import Lane, progress_bar, run_lanes
@@ -36,7 +36,7 @@ from smoltolk.evaluation.results import checkpoint_fingerprint
 from smoltolk.evaluation.tasks import PAIRS, evaluate_cloze, load_cloze, save_cloze
 from smoltolk.generation.pipeline import SmolTolkPipeline
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
-from smoltolk.speech.audio import save_wav
+from smoltolk.speech.audio import save_wav, write_atomically
 from smoltolk.speech.units import MelTokenizer
 from smoltolk.training.config import load_recipe, make_recipe
 from smoltolk.training.trainer import Trainer
@@ -131,7 +131,7 @@ class Steps:
         record = function() or {}
         record = {"title": title, "seconds": time.perf_counter() - started, **record}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, json.dumps(record).encode())
+        write_atomically(path, json.dumps(record).encode())
         self.records[name] = record
         return record
 
@@ -164,10 +164,8 @@ def _agree_on_settings(output: Path, settings: DemoSettings) -> None:
     path = output / "settings.json"
     now = json.dumps(asdict(settings), sort_keys=True)
     if path.exists() and path.read_text(encoding="utf-8") != now:
-        raise ValueError(
-            f"{output} holds a demo of other settings: give another --output, or remove the folder"
-        )
-    write_aside(path, now.encode())
+        raise ValueError(f"{output} holds a demo of other settings: give another --output, or remove the folder")
+    write_atomically(path, now.encode())
 
 
 def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console) -> dict[str, Any]:
@@ -193,9 +191,7 @@ def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console)
         tokenizer = MelTokenizer.load(paths["speech-tokenizer"])
         with progress_bar() as bar:
             task = bar.add_task("stories spoken", total=len(spoken))
-            made = speak_units(
-                spoken, paths["speech-tokenizer"], WORKERS, lambda done: bar.advance(task, done)
-            )
+            made = speak_units(spoken, paths["speech-tokenizer"], WORKERS, lambda done: bar.advance(task, done))
         num_validation = max(1, len(spoken) // 20)
         write_speech_store(paths["speech-store"], spoken, made, text_tokenizer, tokenizer, num_validation)
         write_text_store(paths["text-store"], written, text_tokenizer, max(1, len(written) // 100))
@@ -206,9 +202,7 @@ def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console)
     def make_cloze() -> dict[str, Any]:
         avoid = {*spoken, *written}
         items = [
-            item
-            for kind in CLOZE_KINDS
-            for item in world.cloze_items(FRESH_SEED, kind, settings.cloze_couples, avoid)
+            item for kind in CLOZE_KINDS for item in world.cloze_items(FRESH_SEED, kind, settings.cloze_couples, avoid)
         ]
         tokenizer = MelTokenizer.load(paths["speech-tokenizer"])
         save_cloze(
@@ -244,7 +238,7 @@ def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console)
         lanes = {}
         for name in MODELS:
             recipe = folder / f"{name}.yaml"
-            write_aside(recipe, _recipe(name, folder, paths, settings, seed).encode())
+            write_atomically(recipe, _recipe(name, folder, paths, settings, seed).encode())
             lanes[name] = Lane(_model_lane, (recipe, folder, name), sum(settings.stage_steps))
         return {"lanes": run_lanes(lanes, folder / "logs")}
 
@@ -323,10 +317,8 @@ def _backbone_lane(
     paths: dict[str, Path], losses: Path, settings: DemoSettings, seed: int, progress: Callable[[int], None]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(losses.parent / "text-tokenizer")
-    history = pretrain_backbone(
-        paths["text-store"], tokenizer, paths["backbone"], settings.backbone, seed, progress
-    )
-    write_aside(losses, json.dumps(history).encode())
+    history = pretrain_backbone(paths["text-store"], tokenizer, paths["backbone"], settings.backbone, seed, progress)
+    write_atomically(losses, json.dumps(history).encode())
 
 
 def _vocoder_lane(
@@ -355,7 +347,7 @@ def _model_lane(recipe: Path, folder: Path, name: str, progress: Callable[[int],
     items = folder / "cloze.parquet"
     result = evaluate_cloze(pipeline.model, load_cloze(items, pipeline.speech_tokenizer), pipeline.text_ids)
     result.save(folder / f"{name}-cloze", items=str(items), checkpoint=checkpoint_fingerprint(model))
-    write_aside(folder / f"{name}-cloze" / "seconds.json", json.dumps(time.perf_counter() - started).encode())
+    write_atomically(folder / f"{name}-cloze" / "seconds.json", json.dumps(time.perf_counter() - started).encode())
 
 
 def _evaluate_backbone(folder: Path, paths: dict[str, Path]) -> dict[str, Any]:
@@ -366,9 +358,7 @@ def _evaluate_backbone(folder: Path, paths: dict[str, Path]) -> dict[str, Any]:
     )
     items = folder / "cloze.parquet"
     result = evaluate_cloze(pipeline.model, load_cloze(items), pipeline.text_ids, pairs=["T→T"])
-    result.save(
-        folder / "text-alone-cloze", items=str(items), checkpoint=checkpoint_fingerprint(paths["backbone"])
-    )
+    result.save(folder / "text-alone-cloze", items=str(items), checkpoint=checkpoint_fingerprint(paths["backbone"]))
     return {}
 
 
@@ -395,33 +385,32 @@ def _analyse(folder: Path, paths: dict[str, Path]) -> dict[str, Any]:
 def _continue_prompts(folder: Path, world: World, settings: DemoSettings, avoid: set[str]) -> dict[str, Any]:
     """Fresh story beginnings, spoken and written, continued by SmolTolk in speech and in text."""
     pipeline = SmolTolkPipeline.from_pretrained(folder / "smoltolk" / "model")
-    items = world.cloze_items(FRESH_SEED, "story", settings.cloze_couples, avoid)[
-        : 2 * settings.num_continued : 2
-    ]
+    items = world.cloze_items(FRESH_SEED, "story", settings.cloze_couples, avoid)[: 2 * settings.num_continued : 2]
     sounds = folder / "sounds"
     sounds.mkdir(exist_ok=True)
-    rate = pipeline.speech_tokenizer.sample_rate_hz
+    tokenizer, vocoder = pipeline.speech_tokenizer, pipeline.vocoder
+    assert tokenizer is not None
+    assert vocoder is not None
+    rate = tokenizer.sample_rate_hz
     prompts = []
     for i, item in enumerate(items):
         (prompt, _), (ending, _) = speak([item.context, item.true_ending], rate)
         files = {"prompt": f"{i}-prompt.wav", "true": f"{i}-true.wav"}
         save_wav(sounds / files["prompt"], prompt, rate)
         save_wav(sounds / files["true"], ending, rate)
-        units = pipeline.speech_tokenizer.encode(ending)
+        units = tokenizer.encode(ending)
         files["resynthesised"] = f"{i}-resynthesised.wav"
-        save_wav(sounds / files["resynthesised"], pipeline.vocoder.decode(units.units), rate)
+        save_wav(sounds / files["resynthesised"], vocoder.decode(units.units), rate)
         texts = {}
         for pair in PAIRS:
             source, target = pair.split("→")
             part = sounds / files["prompt"] if source == "S" else item.context
             to = "speech" if target == "S" else "text"
-            said = pipeline(
-                part, to=to, max_new_tokens=64 if target == "S" else 16, min_new_tokens=4, temperature=0
-            )
+            said = pipeline(part, to=to, max_new_tokens=64 if target == "S" else 16, min_new_tokens=4, temperature=0)
             if said.text is not None:
                 texts[pair] = said.text
             elif said.audio is not None:
                 files[pair] = f"{i}-{source}-{target}.wav"
-                save_wav(sounds / files[pair], said.audio, said.sample_rate_hz)
+                said.save(sounds / files[pair])
         prompts.append({"context": item.context, "true": item.true_ending, "texts": texts, "sounds": files})
     return {"prompts": prompts}

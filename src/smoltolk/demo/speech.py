@@ -94,9 +94,7 @@ def _speak_block(texts: list[str], tokenizer_folder: Path) -> list[SpokenUnits]:
     torch.set_num_threads(1)
     tokenizer = MelTokenizer.load(tokenizer_folder)
     rate = tokenizer.sample_rate_hz
-    return [
-        SpokenUnits(tokenizer.encode(audio), ends, len(audio) / rate) for audio, ends in speak(texts, rate)
-    ]
+    return [SpokenUnits(tokenizer.encode(audio), ends, len(audio) / rate) for audio, ends in speak(texts, rate)]
 
 
 def write_speech_store(

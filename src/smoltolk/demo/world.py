@@ -180,9 +180,7 @@ class World:
                 drawn.append(story)
         return drawn
 
-    def cloze_items(
-        self, seed: int, kind: str, couples: int, avoid: Collection[str] = frozenset()
-    ) -> list[ClozeItem]:
+    def cloze_items(self, seed: int, kind: str, couples: int, avoid: Collection[str] = frozenset()) -> list[ClozeItem]:
         """Draws mirrored couples of cloze items: two contexts that share two endings crosswise.
 
         Whoever ignores the context prefers the same ending in both items and is right in exactly one of them.
@@ -215,9 +213,7 @@ class World:
             taken |= texts
             couple = f"{kind}-{seed}-{len(items) // 2:04d}"
             for side, true, false in (("a", first, second), ("b", second, first)):
-                items.append(
-                    ClozeItem(f"{couple}-{side}", couple, kind, true.context, true.ending, false.ending)
-                )
+                items.append(ClozeItem(f"{couple}-{side}", couple, kind, true.context, true.ending, false.ending))
         return items
 
     def _changed(self, story: Story, rng: random.Random) -> Story:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smoltolk.data.store import write_aside
+from smoltolk.speech.audio import write_atomically
 
 NUM_BOOTSTRAP = 2000
 
@@ -91,8 +91,7 @@ class ClozeResult:
     def summary(self) -> dict[str, dict[str, Accuracy]]:
         """Accuracy by pair, then by kind."""
         return {
-            result.pair: {kind: result.accuracy(kind) for kind in sorted(set(result.kinds))}
-            for result in self.pairs
+            result.pair: {kind: result.accuracy(kind) for kind in sorted(set(result.kinds))} for result in self.pairs
         }
 
     def save(self, folder: Path, *, items: str, checkpoint: str) -> Path:
@@ -117,7 +116,7 @@ class ClozeResult:
             columns["credit"] += result.credit.tolist()
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), sink)
-        write_aside(folder / "items.parquet", sink.getvalue().to_pybytes())
+        write_atomically(folder / "items.parquet", sink.getvalue().to_pybytes())
         record = {
             "task": "cloze",
             "protocol": self.protocol,
@@ -129,7 +128,7 @@ class ClozeResult:
             },
         }
         path = folder / "result.json"
-        write_aside(path, json.dumps(record, indent=2, ensure_ascii=False).encode())
+        write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False).encode())
         return path
 
 

@@ -10,12 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smoltolk.data.prepare import read_manifest
-from smoltolk.data.store import write_aside
 from smoltolk.evaluation.results import ClozeResult, PairResult
 from smoltolk.evaluation.scoring import CONTINUATION, Candidate, Protocol, score_candidates
 from smoltolk.model.configuration_smoltolk import IdSpace
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
-from smoltolk.speech.audio import load_audio
+from smoltolk.speech.audio import load_audio, write_atomically
 from smoltolk.speech.units import SpeechTokenizer
 
 PAIRS = ("S→S", "T→T", "T→S", "S→T")  # prompt → ending
@@ -69,7 +68,7 @@ def save_cloze(path: Path, items: Iterable[ClozeItem], speech_fingerprint: str |
     table = pa.Table.from_pylist([asdict(item) for item in items], schema=schema)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    write_aside(path, sink.getvalue().to_pybytes())
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def load_cloze(path: str | Path, speech_tokenizer: SpeechTokenizer | None = None) -> list[ClozeItem]:
@@ -91,9 +90,7 @@ def load_cloze(path: str | Path, speech_tokenizer: SpeechTokenizer | None = None
     if not path.is_file():
         raise ValueError(f"items {path} is not a file: give a Parquet, JSONL or CSV file of cloze items")
     items = (
-        _from_parquet(path, speech_tokenizer)
-        if path.suffix == ".parquet"
-        else _from_manifest(path, speech_tokenizer)
+        _from_parquet(path, speech_tokenizer) if path.suffix == ".parquet" else _from_manifest(path, speech_tokenizer)
     )
     if not items:
         raise ValueError(f"items {path} holds no items")
@@ -188,9 +185,7 @@ def evaluate_cloze(
         if lacking := [item.id for item in items if not item.has(pair)]:
             raise ValueError(f"{len(lacking)} items lack text or units for {pair}: {', '.join(lacking[:10])}")
         candidates = [
-            make_candidate(item, pair, ending, model.ids, encode_text)
-            for item in items
-            for ending in ("true", "false")
+            make_candidate(item, pair, ending, model.ids, encode_text) for item in items for ending in ("true", "false")
         ]
         for i, candidate in enumerate(candidates):
             if len(candidate.ids) > model.config.max_position_embeddings:

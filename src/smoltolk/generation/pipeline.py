@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from smoltolk.generation.sampling import continue_ids
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
-from smoltolk.speech.audio import load_audio
+from smoltolk.speech.audio import load_audio, save_wav
 from smoltolk.speech.units import SpeechTokenizer, load_speech_tokenizer
 from smoltolk.speech.vocoder import MelVocoder
 
@@ -33,6 +33,16 @@ class Continuation:
     units: np.ndarray | None = None
     audio: np.ndarray | None = None
     sample_rate_hz: int | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the audio as a WAV file.
+
+        Raises:
+            ValueError: there is no audio.
+        """
+        if self.audio is None or self.sample_rate_hz is None:
+            raise ValueError(f"there is no audio to write to {path}: ask for speech, with a vocoder")
+        save_wav(path, self.audio, self.sample_rate_hz)
 
 
 class SmolTolkPipeline:
@@ -77,11 +87,14 @@ class SmolTolkPipeline:
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no config.json: give the folder of a trained model")
         speech, vocoder = folder / "speech_tokenizer", folder / "vocoder"
+        model = SmolTolkForCausalLM.from_pretrained(folder)
+        model.to(device)  # type: ignore[arg-type]
+        speech_tokenizer = load_speech_tokenizer(speech) if speech.is_dir() else None
         return cls(
-            SmolTolkForCausalLM.from_pretrained(folder).to(device),
+            model,
             AutoTokenizer.from_pretrained(folder),
-            load_speech_tokenizer(speech) if speech.is_dir() else None,
-            MelVocoder.load(vocoder) if vocoder.is_dir() else None,
+            speech_tokenizer,
+            MelVocoder.load(vocoder, speech_tokenizer) if vocoder.is_dir() else None,
         )
 
     def __call__(
@@ -115,7 +128,7 @@ class SmolTolkPipeline:
         row = torch.tensor([ids], device=self.model.device)
         new = continue_ids(self.model, row, max_new_tokens=min(room, max_new_tokens), **sampling)[0]
         if to == "text":
-            return Continuation(text=self.text_tokenizer.decode(new, skip_special_tokens=True))
+            return Continuation(text=str(self.text_tokenizer.decode(new, skip_special_tokens=True)))
         units = np.array(new, dtype=np.int64) - self.model.ids.speech_offset
         if self.vocoder is None or not len(units):
             return Continuation(units=units)
@@ -149,9 +162,7 @@ class SmolTolkPipeline:
     def speech_ids(self, audio: Path | np.ndarray) -> list[int]:
         """Ids of an audio file, or of audio at the tokenizer's rate."""
         if self.speech_tokenizer is None:
-            raise ValueError(
-                "the prompt holds audio, but the model was kept without a speech tokenizer: give one"
-            )
+            raise ValueError("the prompt holds audio, but the model was kept without a speech tokenizer: give one")
         rate = self.speech_tokenizer.sample_rate_hz
         waveform = load_audio(audio, sample_rate_hz=rate, source_rate_hz=rate)
         return (self.speech_tokenizer.encode(waveform).units + self.model.ids.speech_offset).tolist()

@@ -1,5 +1,7 @@
 """Steering `generate` through the one id space."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -71,10 +73,10 @@ def continue_ids(
         torch.manual_seed(seed)
     ids = model.ids
     ends = [ids.end_of_text_id, ids.end_of_speech_id]
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    output = model.generate(
+    output = model.generate(  # type: ignore[misc]
         input_ids,
         attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
         max_new_tokens=max_new_tokens,

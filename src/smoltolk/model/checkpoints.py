@@ -66,9 +66,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _backbone_config(
-    settings: Mapping[str, Any], lm_config: PreTrainedConfig | str | Path | None
-) -> PreTrainedConfig:
+def _backbone_config(settings: Mapping[str, Any], lm_config: PreTrainedConfig | str | Path | None) -> PreTrainedConfig:
     if isinstance(lm_config, PreTrainedConfig):
         return lm_config
     name = settings["backbone"] if lm_config is None else lm_config
@@ -81,9 +79,7 @@ def _backbone_config(
         ) from error
 
 
-def _config(
-    settings: Mapping[str, Any], lm_config: PreTrainedConfig, weights: Mapping[str, Tensor]
-) -> SmolTolkConfig:
+def _config(settings: Mapping[str, Any], lm_config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> SmolTolkConfig:
     if settings.get("n_codebooks", 1) != 1:
         raise ValueError(
             f"n_codebooks is {settings['n_codebooks']}: SmolTolk models one stream of units; "

@@ -151,9 +151,7 @@ class SmolTolkConfig(PreTrainedConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 0 or more")
         if self.layer_mixing not in LAYER_MIXINGS:
-            raise ValueError(
-                f"layer_mixing is {self.layer_mixing!r}: choose one of {', '.join(LAYER_MIXINGS)}"
-            )
+            raise ValueError(f"layer_mixing is {self.layer_mixing!r}: choose one of {', '.join(LAYER_MIXINGS)}")
         num_layers = self.lm_config.num_hidden_layers
         if self.selector_input not in ("static", "last") and not (
             isinstance(self.selector_input, int) and 0 <= self.selector_input < num_layers
@@ -199,9 +197,7 @@ class SmolTolkConfig(PreTrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         """Layers of all three stacks: backbone, output adapter, input adapter (their order in a cache)."""
-        return (
-            self.lm_config.num_hidden_layers + self.num_output_adapter_layers + self.num_input_adapter_layers
-        )
+        return self.lm_config.num_hidden_layers + self.num_output_adapter_layers + self.num_input_adapter_layers
 
     def stack_config(self) -> PreTrainedConfig:
         """The backbone's configuration stretched over everything a cache holds.

@@ -200,9 +200,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         """Named parameters of the text LM."""
         return ((name, p) for name, p in self.named_parameters() if name.startswith("lm."))
 
-    def set_attn_implementation(
-        self, attn_implementation: str | dict, allow_all_kernels: bool = False
-    ) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """As in transformers, and for the adapters too."""
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
         self.stack_config._attn_implementation = self.lm.config._attn_implementation
@@ -260,9 +258,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         fused = self._fuse(embeds, is_speech, past_key_values)
         # The mask is made before the backbone puts this call's tokens into the cache.
         causal = {
-            "attention_mask": create_causal_mask(
-                self.lm.config, embeds, attention_mask, past_key_values, position_ids
-            ),
+            "attention_mask": create_causal_mask(self.lm.config, embeds, attention_mask, past_key_values, position_ids),
             "position_ids": position_ids,
             "position_embeddings": self.body.rotary_emb(embeds, position_ids),
             "past_key_values": past_key_values,
@@ -390,9 +386,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         text_logits = self._text_head(last[:, :-1][is_text])
         unit_logits = self._speech_head(speech[:, :-1][is_unit])
         text_losses = F.cross_entropy(text_logits.float(), target[is_text], reduction="none")
-        unit_losses = F.cross_entropy(
-            unit_logits.float(), target[is_unit] - self.ids.speech_offset, reduction="none"
-        )
+        unit_losses = F.cross_entropy(unit_logits.float(), target[is_unit] - self.ids.speech_offset, reduction="none")
         text_sum, unit_sum = text_losses.sum(), unit_losses.sum()
         num_text, num_units = is_text.sum(), is_unit.sum()
         num_labels = (num_text + num_units).clamp(min=1)
@@ -401,6 +395,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         loss = (text_sum + unit_sum) / num_items_in_batch
         if self.config.selector_entropy_weight:
             share = num_labels / num_items_in_batch  # of this batch in what the loss is normalised by
+            assert output.layer_weights is not None
             entropy = mean_entropy(output.layer_weights, is_real) * (num_units > 0)  # no speech, no selection
             loss = loss - self.config.selector_entropy_weight * share * entropy
         output.loss = loss

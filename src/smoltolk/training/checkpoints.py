@@ -76,9 +76,7 @@ def load_state(checkpoint: Path) -> RunState:
     return RunState(**fields)
 
 
-def load_checkpoint(
-    checkpoint: Path, model: SmolTolkForCausalLM, optimizer: torch.optim.Optimizer | None
-) -> None:
+def load_checkpoint(checkpoint: Path, model: SmolTolkForCausalLM, optimizer: torch.optim.Optimizer | None) -> None:
     """Loads weights, and the optimizer's state if one is given, in place."""
     load_model(model, str(checkpoint / MODEL_FILE))
     if optimizer is not None:

@@ -270,7 +270,5 @@ def _settings_at(location: tuple[int | str, ...]) -> Iterator[str]:
     for part in location:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation
-            model = next(
-                (a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation
-            )
+            model = next((a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation)
     yield from model.model_fields

@@ -67,7 +67,8 @@ class Trainer:
         self.device = torch.device(recipe.device if recipe.device != "auto" else default_device())
         self._stores: dict[str, Store] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.backbone)
-        self.model = self._make_model().to(self.device)
+        self.model = self._make_model()
+        self.model.to(self.device)  # type: ignore[arg-type]
         self._sources = [self._source(stage) for stage in recipe.stages]
         self._validation = dict(self._validation_batches())
 
@@ -138,15 +139,10 @@ class Trainer:
         model.set_attn_implementation(self.recipe.attn_implementation)
         return model
 
-    def _source(
-        self, stage: StageSettings, mixture: TaskMixture | None = None, split: str = "train"
-    ) -> BatchSource:
+    def _source(self, stage: StageSettings, mixture: TaskMixture | None = None, split: str = "train") -> BatchSource:
         data, config = self.recipe.data, self.model.config
         return BatchSource(
-            {
-                task: [(self._store(share.store), share.weight) for share in getattr(data, task)]
-                for task in TASKS
-            },
+            {task: [(self._store(share.store), share.weight) for share in getattr(data, task)] for task in TASKS},
             mixture=mixture or stage.mixture.tasks,
             ids=self.model.ids,
             row_tokens=stage.row_tokens,
@@ -189,9 +185,7 @@ class Trainer:
         return self.output / "checkpoints"
 
     def _save(self, state: RunState, optimizer: torch.optim.Optimizer) -> None:
-        save_checkpoint(
-            self._checkpoint_folder, state, self.model, optimizer, self.recipe.checkpoint.keep_last
-        )
+        save_checkpoint(self._checkpoint_folder, state, self.model, optimizer, self.recipe.checkpoint.keep_last)
 
     def _export(self, state: RunState) -> Path:
         """The trained model with its tokenizers and vocoder in one folder, replaced as a whole."""
@@ -248,7 +242,7 @@ class Trainer:
         state.step += 1
         state.tokens += batch.input_ids.numel()
         state.flops += training_flops(
-            self.model.config,
+            self.model.config,  # type: ignore[arg-type]
             num_tokens=batch.input_ids.numel(),
             num_speech_tokens=int((batch.input_ids >= self.model.ids.speech_offset).sum()),
             num_text_labels=num_text,
@@ -343,9 +337,7 @@ class Trainer:
             TimeRemainingColumn(),
         )
         with Progress(*columns, disable=not self.progress) as bar:
-            task = bar.add_task(
-                self.recipe.name, total=self.recipe.num_steps, completed=state.step, losses=""
-            )
+            task = bar.add_task(self.recipe.name, total=self.recipe.num_steps, completed=state.step, losses="")
 
             def report(metrics: dict[str, Any]) -> None:
                 rate = self.recipe.stages[metrics["stage"] - 1]
@@ -370,6 +362,7 @@ class StopRequests:
     is_requested = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """Hears a signal."""
         if self.is_requested:
             raise KeyboardInterrupt  # asked twice: stop at once, from the last checkpoint
         self.is_requested = True
