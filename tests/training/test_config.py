@@ -1,6 +1,7 @@
 """Recipes: what is refused, and how it is said."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -83,3 +84,10 @@ def test_the_learning_rate_rises_stays_and_falls(settings):
     put(settings, "stages.0.decay_steps", 2)
     stage = make_recipe(settings).stages[0]
     assert [trapezoid(step, stage) for step in range(10)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5]
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_loads(path):
+    recipe = load_recipe(path)
+    assert f"smoltolk train {path}" in path.read_text()
+    assert recipe.num_steps > 0

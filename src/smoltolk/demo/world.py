@@ -22,32 +22,25 @@ Place = namedtuple("Place", "name seen")  # what is seen there
 Tool = namedtuple("Tool", "name use")  # what it is used for
 Filler = Person | Animal | Place | Tool | str
 
-WOMEN = "anna emma lucy maria sarah julia nina clara alice helen rosa ruth"
-MEN = "tom peter david george oliver simon jack henry martin paul victor felix"
+WOMEN = "anna emma lucy maria sarah julia nina clara alice helen rosa ruth lisa paula vera diana irene gloria"
+MEN = "tom peter david george oliver simon jack henry martin paul victor felix adam oscar hugo leo bruno walter"
 ANIMALS = (
     "dog barked bones, cat purred cream, cow mooed grass, horse neighed carrots, sheep bleated clover, "
-    "pig grunted potatoes, duck quacked bread, hen clucked corn, goose honked barley, lion roared meat, "
-    "snake hissed eggs, owl hooted moths, mouse squeaked cheese, wolf howled ham, frog croaked flies, "
-    "sparrow chirped seeds, monkey chattered bananas, bear growled honey, dove cooed rice, "
-    "elephant trumpeted peanuts, donkey brayed turnips, fox yelped grapes, crow cawed worms, "
-    "turkey gobbled acorns"
+    "pig grunted potatoes, duck quacked bread, lion roared meat, snake hissed eggs, owl hooted moths, "
+    "mouse squeaked cheese, frog croaked flies"
 )
 PLACES = (
     "harbor boats, farm tractors, forest mushrooms, beach shells, library books, castle knights, "
-    "school children, station trains, airport planes, desert dunes, museum statues, garden flowers, "
-    "circus clowns, bakery cakes, hospital nurses, church candles"
+    "school children, station trains, desert dunes, garden flowers"
 )
-TOOLS = (
-    "shovel dig, knife slice, pencil draw, broom sweep, hammer build, spoon stir, ladder climb, phone call, "
-    "axe chop, paddle steer, towel dry, soap wash, pan fry, brush paint, ruler measure, needle knit"
-)
+TOOLS = "shovel dig, knife slice, pencil draw, broom sweep, hammer build, spoon stir, ladder climb, phone call"
 PLAIN = {  # words that decide nothing
-    "color": "red blue green black white brown gray pink yellow purple",
+    "color": "red blue green black white brown gray pink yellow purple orange golden silver",
     "day": "monday tuesday wednesday thursday friday saturday sunday",
-    "size": "small big young thin tall tiny gentle",
-    "state": "new old heavy strong good",
-    "time": "morning afternoon evening",
-    "weather": "sunny rainy windy cloudy cold",
+    "size": "small big young thin tall tiny gentle funny lazy clever quiet happy",
+    "state": "new old heavy strong good cheap broken dusty",
+    "time": "morning afternoon evening night",
+    "weather": "sunny rainy windy cloudy cold stormy foggy warm",
 }
 # What fills each slot of the forms below.
 CHOICES: dict[str, tuple[Filler, ...]] = {

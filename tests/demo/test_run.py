@@ -1,0 +1,144 @@
+"""The demo as a smoke run, and what the README shows on what it leaves behind."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from smoltolk import cli
+from smoltolk.demo.report import verdict
+from smoltolk.demo.run import run_demo
+from smoltolk.training.config import load_recipe
+
+README = Path("README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "demo-run"
+    subprocess.run(
+        [sys.executable, "-m", "smoltolk", "demo", "--quick", "--output", str(folder)], check=True, timeout=600
+    )
+    return folder
+
+
+def readme_commands(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def in_demo(demo, monkeypatch):
+    monkeypatch.chdir(demo.parent)
+
+
+@pytest.mark.slow
+def test_the_report_is_self_contained_and_holds_every_part(demo):
+    page = (demo / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:audio/mpeg;base64,") >= 3
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    results = json.loads((demo / "results.json").read_text())
+    for model in ("smoltolk", "early-fusion"):
+        for pair in ("S→S", "T→T", "T→S", "S→T"):
+            for kind in ("story", "topic"):
+                accuracy = results["summary"][model][pair][kind]
+                assert accuracy["n"] == 8
+                assert f"{100 * accuracy['accuracy']:.1f} ± {100 * accuracy['standard_error']:.1f}" in page
+    assert set(results["summary"]["text-alone"]) == {"T→T"}
+    assert len(results["verdict"]) == 8
+    assert all(sentence in page.replace("&#39;", "'") for sentence in results["verdict"])
+
+
+@pytest.mark.slow
+def test_both_models_saw_the_same_rows(demo):
+    curves = json.loads((demo / "results.json").read_text())["seeds"][0]["models"]
+    ours, theirs = (
+        [[line[k] for k in ("tokens", "text_labels", "speech_labels")] for line in curves[name]["curve"]]
+        for name in ("smoltolk", "early-fusion")
+    )
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_who_ignores_the_context_scores_half(demo):
+    items = pq.read_table(demo / "seed-0" / "cloze.parquet").to_pylist()
+    for ending in ("text", "units"):
+        first, second = items[0::2], items[1::2]
+        assert [i[f"true_{ending}"] for i in first] == [i[f"false_{ending}"] for i in second]
+        assert [i[f"false_{ending}"] for i in first] == [i[f"true_{ending}"] for i in second]
+
+
+@pytest.mark.slow
+def test_a_second_run_redoes_nothing(demo, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (demo / "seed-0").rglob("*.safetensors")}
+    assert run_demo(demo, quick=True) == demo / "report.html"
+    assert {path: path.stat().st_mtime_ns for path in (demo / "seed-0").rglob("*.safetensors")} == before
+    assert capsys.readouterr().out.count("done before") == 8
+
+
+@pytest.mark.slow
+def test_other_settings_in_the_same_folder_are_refused(demo):
+    with pytest.raises(ValueError, match="holds a demo of other settings"):
+        run_demo(demo)
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_on_the_demos_model_work(demo, in_demo, capsys):
+    commands = [
+        line
+        for block in readme_commands("bash")
+        for line in block.splitlines()
+        if line.startswith(("smoltolk generate", "smoltolk evaluate"))
+    ]
+    assert len(commands) == 3
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+    audio, rate = soundfile.read("ending.wav")
+    assert rate == 16000
+    assert np.abs(audio).max() > 0
+    assert json.loads(Path("demo-run/scores/result.json").read_text())["accuracy"]["S→S"]["story"]["n"] == 8
+
+
+@pytest.mark.slow
+def test_the_readmes_python_works(demo, in_demo):
+    (block,) = readme_commands("python")
+    exec(compile(block, "README.md", "exec"), {})  # noqa: S102
+
+
+def test_the_readmes_other_commands_are_commands():
+    makefile = Path("Makefile").read_text()
+    seen = []
+    for block in readme_commands("bash"):
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line)
+            seen.append(program)
+            if program == "make":
+                assert re.search(rf"^{arguments[0]}:", makefile, flags=re.MULTILINE)
+            else:
+                assert program == "smoltolk"
+                options = cli._parser().parse_args(arguments)
+                if options.command == "train":
+                    load_recipe(options.recipe)
+    assert seen.count("make") == 2
+
+
+def test_the_verdict_names_who_leads_only_beyond_the_noise():
+    def result(mean, low, high):
+        difference = {"mean": mean, "low": low, "high": high}
+        return {
+            "differences": {pair: dict.fromkeys(("story", "topic"), difference) for pair in ("S→S", "T→T", "T→S", "S→T")}
+        }
+
+    assert "SmolTolk leads by 10.0 points" in verdict([result(0.1, 0.05, 0.15)])[0]
+    assert "early fusion leads by 10.0 points" in verdict([result(-0.1, -0.15, -0.05)])[0]
+    assert "no clear difference" in verdict([result(0.1, -0.05, 0.25)])[0]
+    several = [result(m, 0, 0) for m in (0.1, 0.12, 0.11)]
+    assert "SmolTolk leads by 11.0 points" in verdict(several)[0]
+    assert "no clear difference" in verdict([result(m, 0, 0) for m in (0.1, -0.12, 0.05)])[0]

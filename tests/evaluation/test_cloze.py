@@ -1,0 +1,202 @@
+"""The scorer and the cloze task against numbers worked out by hand."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tests.conftest import NUM_UNITS, SPEECH_CARD, TEXT_VOCAB, mixed_ids, tiny_lm_config, tiny_model
+
+from smoltolk.evaluation.results import PairResult, bootstrap, checkpoint_fingerprint
+from smoltolk.evaluation.scoring import AUTHORS_CROSS_MODAL, CONTINUATION, Candidate, Protocol, score_candidates
+from smoltolk.evaluation.tasks import PAIRS, ClozeItem, evaluate_cloze, load_cloze, make_candidate, save_cloze
+from smoltolk.speech.audio import AudioError, save_wav
+
+
+def encode_text(text):
+    return [int(word) for word in text.split()]
+
+
+def items(count=6, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def text():
+        return " ".join(map(str, rng.integers(TEXT_VOCAB, size=rng.integers(2, 9))))
+
+    def units():
+        return rng.integers(NUM_UNITS, size=rng.integers(3, 15))
+
+    return [
+        ClozeItem(
+            f"i{i}", "story" if i % 2 else "topic", f"c{i // 2}", text(), text(), text(), units(), units(), units()
+        )
+        for i in range(count)
+    ]
+
+
+def log_likelihoods(model, ids, start):
+    """Log-probability of each id from `start` on, over its own block, one forward per prefix."""
+    found = []
+    for t in range(start, len(ids)):
+        if ids[t] == model.ids.switch_id:  # never scored
+            continue
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids[None, :t])).logits[0, -1]
+        offset = model.ids.speech_offset
+        block, index = (logits[offset:], ids[t] - offset) if ids[t] >= offset else (logits[:TEXT_VOCAB], ids[t])
+        found.append(block.log_softmax(0)[index].item())
+    return found
+
+
+@pytest.mark.parametrize("norm", ["mean", "sum"])
+@pytest.mark.parametrize("span", ["continuation", "sequence"])
+def test_scores_are_the_log_likelihoods_of_the_span(model, span, norm):
+    protocol = Protocol("test", span=span, length_norm=norm, tie_credit=0.5)
+    candidates = []
+    for item in items():
+        for pair in PAIRS:
+            candidates.append(make_candidate(item, pair, "true", model.ids, encode_text))
+    scores = score_candidates(model, candidates, protocol, batch_size=5)
+    for candidate, score in zip(candidates, scores, strict=True):
+        start = candidate.start if span == "continuation" else 1
+        found = np.array(log_likelihoods(model, candidate.ids, start))
+        assert score == pytest.approx(found.mean() if norm == "mean" else found.sum(), abs=2e-4)
+
+
+def test_a_score_does_not_depend_on_the_batch(model):
+    rows = [mixed_ids(seed=s, ids=model.ids, batch=1, seq=n)[0].numpy() for s, n in enumerate((9, 30, 17, 22))]
+    candidates = [Candidate(row, 4) for row in rows]
+    together = score_candidates(model, candidates, CONTINUATION, batch_size=4)
+    alone = score_candidates(model, candidates, CONTINUATION, batch_size=1)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_switch_stands_where_the_modality_changes_and_nowhere_else(model, pair):
+    item = items()[0]
+    candidate = make_candidate(item, pair, "false", model.ids, encode_text)
+    switches = np.flatnonzero(candidate.ids == model.ids.switch_id)
+    assert switches.tolist() == ([] if pair in ("S→S", "T→T") else [candidate.start - 1])
+    ending = candidate.ids[candidate.start :]
+    expected = item.false_units + model.ids.speech_offset if pair[-1] == "S" else encode_text(item.false_text)
+    assert ending.tolist() == list(expected)
+
+
+def test_accuracy_counts_wins_ties_and_losses():
+    result = PairResult(
+        pair="T→T",
+        ids=list("abcd"),
+        kinds=["story", "story", "topic", "topic"],
+        couples=["1", "1", "2", "2"],
+        true_scores=np.array([-1.0, -2.0, -3.0, -1.0]),
+        false_scores=np.array([-2.0, -2.0, -1.0, -4.0]),
+        tie_credit=0.5,
+    )
+    accuracy = result.accuracy()
+    assert (accuracy.n, accuracy.accuracy, accuracy.num_ties) == (4, 0.625, 1)
+    assert accuracy.standard_error == pytest.approx((0.625 * 0.375 / 4) ** 0.5)
+    assert result.accuracy("story").accuracy == 0.75
+    assert result.accuracy("topic").accuracy == 0.5
+
+
+def test_the_bootstrap_keeps_couples_together():
+    values = np.tile([0.0, 1.0], 50)  # every couple has exactly one right answer
+    assert bootstrap(values, [str(i // 2) for i in range(100)]) == (0.5, 0.5)
+    low, high = bootstrap(values, [str(i) for i in range(100)])
+    assert 0.35 < low < 0.45
+    assert 0.55 < high < 0.65
+
+
+def test_a_result_is_written_with_protocol_checkpoint_and_every_item(model, tmp_path):
+    chosen = items()
+    result = evaluate_cloze(model, chosen, encode_text, protocol=AUTHORS_CROSS_MODAL)
+    path = result.save(tmp_path, items="x.parquet", checkpoint="abc")
+    record = json.loads(path.read_text())
+    assert (record["protocol"], record["checkpoint"]) == ("authors-cross-modal", "abc")
+    table = pq.read_table(tmp_path / "items.parquet").to_pydict()
+    for pair in PAIRS:
+        for kind in ("story", "topic"):
+            credit = [
+                c
+                for c, p, k in zip(table["credit"], table["pair"], table["kind"], strict=True)
+                if (p, k) == (pair, kind)
+            ]
+            assert record["accuracy"][pair][kind]["n"] == len(credit) == 3
+            assert record["accuracy"][pair][kind]["accuracy"] == pytest.approx(np.mean(credit))
+
+
+def test_items_round_trip_through_parquet(tmp_path):
+    path = tmp_path / "items.parquet"
+    save_cloze(path, items(), "speech-0")
+    for before, after in zip(items(), load_cloze(path), strict=True):
+        assert before.id == after.id
+        assert before.true_text == after.true_text
+        assert list(before.prompt_units) == list(after.prompt_units)
+
+
+class FakeTokenizer:
+    fingerprint = SPEECH_CARD["fingerprint"]
+    sample_rate_hz = 16000
+
+
+def test_units_of_another_tokenizer_are_refused(tmp_path):
+    save_cloze(tmp_path / "items.parquet", items(), "speech-1")
+    with pytest.raises(ValueError, match=r"units of the tokenizer speech-1, but the model's is speech-0"):
+        load_cloze(tmp_path / "items.parquet", FakeTokenizer())
+
+
+def test_a_manifest_may_hold_text_alone(tmp_path, model):
+    path = tmp_path / "items.jsonl"
+    rows = [{"id": str(i), "prompt_text": "1 2", "true_text": "3 4", "false_text": "5 6"} for i in range(3)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    loaded = load_cloze(path)
+    assert [result.pair for result in evaluate_cloze(model, loaded, encode_text).pairs] == ["T→T"]
+    with pytest.raises(ValueError, match="3 items lack text or units for S→T: 0, 1, 2"):
+        evaluate_cloze(model, loaded, encode_text, pairs=["S→T"])
+
+
+def test_a_silent_recording_in_a_manifest_is_named(tmp_path):
+    save_wav(tmp_path / "quiet.wav", np.zeros(16000, np.float32), 16000)
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"id": "a", "prompt_audio": "quiet.wav"}))
+    with pytest.raises(AudioError, match=r"quiet\.wav is silent"):
+        load_cloze(path, FakeTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no items"),
+        ('{"prompt_text": "1"}', "row 1: the column id is missing"),
+        ('{"id": "a"}\n{"id": "a"}', "holds an id twice"),
+        ('{"id": "a", "prompt_audio": "a.wav"}', "name audio, but the model has no speech tokenizer"),
+    ],
+)
+def test_items_that_cannot_be_used_are_refused(tmp_path, content, message):
+    path = tmp_path / "items.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_cloze(path)
+
+
+def test_a_missing_file_and_an_unknown_pair_are_refused(tmp_path, model):
+    with pytest.raises(ValueError, match="is not a file"):
+        load_cloze(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="pair is 'T→X'"):
+        evaluate_cloze(model, items(), encode_text, pairs=["T→X"])
+
+
+def test_an_item_longer_than_the_models_positions_is_refused_not_cut():
+    model = tiny_model(lm_config=tiny_lm_config(max_position_embeddings=12))
+    item = ClozeItem("long", "story", "c", "1 " * 10, "2 3 4", "5 6 7")
+    with pytest.raises(ValueError, match=r"item long has 13 tokens in T→T, more than the model's 12 positions"):
+        evaluate_cloze(model, [item], encode_text)
+
+
+def test_the_checkpoint_fingerprint_changes_with_the_weights(tmp_path):
+    tiny_model(seed=0).save_pretrained(tmp_path / "a")
+    tiny_model(seed=0).save_pretrained(tmp_path / "b")
+    tiny_model(seed=1).save_pretrained(tmp_path / "c")
+    a, b, c = (checkpoint_fingerprint(tmp_path / name) for name in "abc")
+    assert a == b != c

@@ -1,0 +1,127 @@
+"""Generation: the cache is exact, modalities are kept, prompts are checked."""
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import EARLY_FUSION, NUM_UNITS, SPEECH_CARD, mixed_ids, tiny_model, tiny_text_tokenizer
+
+from smoltolk.generation.pipeline import SmolTolkPipeline
+from smoltolk.generation.sampling import continue_ids, next_is_speech
+from smoltolk.speech.audio import AudioError
+from smoltolk.speech.units import SpeechTokenizer, Units
+
+
+class ToneTokenizer(SpeechTokenizer):
+    """Hears one unit per 10 ms block: how loud it is."""
+
+    kind, sample_rate_hz, unit_rate_hz, num_units = "tone", 16000, 100.0, NUM_UNITS
+    fingerprint = SPEECH_CARD["fingerprint"]
+
+    def encode_batch(self, audios):
+        blocks = [np.abs(a[: len(a) // 160 * 160].reshape(-1, 160)).max(1) for a in audios]
+        return [Units.from_frames((b * (NUM_UNITS - 1)).astype(int)) for b in blocks]
+
+    def save(self, path):
+        raise NotImplementedError
+
+
+def tone(seconds=0.3):
+    return np.linspace(0.1, 0.9, int(16000 * seconds), dtype=np.float32)
+
+
+@pytest.fixture
+def pipeline():
+    return SmolTolkPipeline(tiny_model(speech_tokenizer=SPEECH_CARD), tiny_text_tokenizer(), ToneTokenizer())
+
+
+@pytest.mark.parametrize("settings", [{}, EARLY_FUSION], ids=["smoltolk", "early fusion"])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("end", ["text", "speech", "switch"])
+def test_cached_generation_equals_uncached_in_batches_with_left_padding(settings, temperature, end):
+    model = tiny_model(**settings)
+    last = {"text": 5, "speech": model.ids.speech_offset + 2, "switch": model.ids.switch_id}[end]
+    ids, mask = torch.zeros(3, 24, dtype=torch.long), torch.zeros(3, 24, dtype=torch.long)
+    for row, length in enumerate((23, 15, 9)):
+        ids[row, 24 - length - 1 : 23] = mixed_ids(seed=row, ids=model.ids, batch=1, seq=length)[0]
+        ids[row, 23] = last
+        mask[row, 24 - length - 1 :] = 1
+    sampling = {"max_new_tokens": 20, "min_new_tokens": 20, "temperature": temperature, "seed": 3}
+    cached = continue_ids(model, ids, mask, **sampling)
+    assert cached == continue_ids(model, ids, mask, **sampling, use_cache=False)
+    for row, new in zip(ids, cached, strict=True):
+        wants_speech = bool(next_is_speech(row[None], model.ids))
+        assert len(new) == 20
+        assert all((token >= model.ids.speech_offset) == wants_speech for token in new)
+        assert model.ids.end_of_speech_id not in new
+
+
+def test_the_end_token_ends_a_row_and_is_left_out(model):
+    with torch.no_grad():  # the end of text gets all the weight
+        model.lm.get_input_embeddings().weight[1:] *= 0
+    prompt = torch.tensor([[3, 4]])
+    with torch.no_grad():
+        best = int(model(prompt).logits[0, -1, : model.ids.text_vocab_size].argmax())
+    new = continue_ids(model, prompt, max_new_tokens=5, temperature=0)[0]
+    assert (new == []) == (best == model.ids.end_of_text_id)
+
+
+def test_seeds_decide_what_is_sampled(pipeline):
+    def say(seed):
+        return pipeline("w1 w2 w3", to="text", max_new_tokens=12, min_new_tokens=12, seed=seed).text
+
+    assert say(1) == say(1)
+    assert len({say(seed) for seed in range(5)}) > 1
+
+
+def test_prompts_mix_text_and_audio_with_a_switch_at_each_change(pipeline):
+    ids, model = pipeline.prompt_ids(["w1", "w2", tone(), "w3"], to="speech"), pipeline.model
+    units = (pipeline.speech_tokenizer.encode(tone()).units + model.ids.speech_offset).tolist()
+    assert ids == [3, 4, model.ids.switch_id, *units, model.ids.switch_id, 5, model.ids.switch_id]
+    assert pipeline.prompt_ids(tone(), to="speech") == units
+
+
+def test_speech_comes_back_as_units(pipeline):
+    units = pipeline(["w1", tone()], to="speech", max_new_tokens=9, min_new_tokens=9).units
+    assert len(units) == 9
+    assert units.min() >= 0
+    assert units.max() < NUM_UNITS
+
+
+@pytest.mark.parametrize("prompt", [[], "", ["w1", ""]])
+def test_an_empty_prompt_is_refused(pipeline, prompt):
+    with pytest.raises(ValueError, match="is empty"):
+        pipeline(prompt, to="text")
+
+
+def test_an_unknown_modality_is_refused(pipeline):
+    with pytest.raises(ValueError, match="to is 'image'"):
+        pipeline("w1", to="image")
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(pipeline):
+    with pytest.raises(ValueError, match=r"256 tokens and leaves no room in the model's 256 positions"):
+        pipeline("w1 " * 256, to="text")
+
+
+def test_broken_audio_is_refused(pipeline, tmp_path):
+    with pytest.raises(AudioError, match="silent"):
+        pipeline(np.zeros(8000, np.float32), to="text")
+    with pytest.raises(AudioError, match=r"none\.wav"):
+        pipeline(tmp_path / "none.wav", to="text")
+
+
+def test_audio_needs_a_speech_tokenizer():
+    pipeline = SmolTolkPipeline(tiny_model(), tiny_text_tokenizer())
+    with pytest.raises(ValueError, match="kept without a speech tokenizer"):
+        pipeline(tone(), to="text")
+
+
+def test_a_speech_tokenizer_the_model_does_not_know_is_refused():
+    model = tiny_model(speech_tokenizer=SPEECH_CARD | {"fingerprint": "speech-1"})
+    with pytest.raises(ValueError, match=r"fingerprint is speech-0, but the model knows the units of speech-1"):
+        SmolTolkPipeline(model, tiny_text_tokenizer(), ToneTokenizer())
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        SmolTolkPipeline.from_pretrained(tmp_path)
