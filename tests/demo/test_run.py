@@ -133,7 +133,9 @@ def test_the_verdict_names_who_leads_only_beyond_the_noise():
     def result(mean, low, high):
         difference = {"mean": mean, "low": low, "high": high}
         return {
-            "differences": {pair: dict.fromkeys(("story", "topic"), difference) for pair in ("S→S", "T→T", "T→S", "S→T")}
+            "differences": {
+                pair: dict.fromkeys(("story", "topic"), difference) for pair in ("S→S", "T→T", "T→S", "S→T")
+            }
         }
 
     assert "SmolTolk leads by 10.0 points" in verdict([result(0.1, 0.05, 0.15)])[0]

@@ -74,7 +74,7 @@ class DemoSettings:
         num_continued: prompts that are continued in all four directions.
     """
 
-    num_spoken: int = 8000
+    num_spoken: int = 6000
     num_written: int = 60000
     num_units: int = 64
     tokenizer_texts: int = 200

@@ -1,9 +1,9 @@
 """A miniature world: seeded five-sentence stories, cloze items about them, and their word tokenizer.
 
-In every story a person comes to a place, meets an animal and has a tool at hand. The last two sentences tell
-what follows for a reader who knows the world: what the animal says or eats, what is seen at the place, what
-the tool is for. They never name the animal, the place or the tool again, so they can be predicted only by
-binding the earlier sentences to knowledge learnt from other stories.
+In every story a person brings a tool to a place and meets an animal. Two sentences tell what is so in this world:
+what the animal says or eats, what is seen at the place, what the tool is for. The last sentence tells one more such
+fact without naming what it is about, so it can be predicted only by binding the earlier sentences to knowledge learnt
+from other stories.
 """
 
 import random
@@ -53,26 +53,40 @@ CHOICES: dict[str, tuple[Filler, ...]] = {
     "tool": tuple(Tool(*entry.split()) for entry in TOOLS.split(", ")),
     **{slot: tuple(words.split()) for slot, words in PLAIN.items()},
 }
-# The forms of the first three sentences.
+# The forms of the first two sentences.
 BEGINNINGS = (
     (
-        "one {time} {person.name} walked alone to the {place.name}.",
-        "on a {weather} day {person.name} went to the {place.name}.",
-        "last {day} {person.name} took the bus to the {place.name}.",
+        "one {time} {person.name} took {person.their} {state} {tool.name} to the {place.name}.",
+        "on {day} {person.name} went to the {place.name} with {person.their} {state} {tool.name}.",
+        "on a {weather} day {person.name} brought a {tool.name} to the {place.name}.",
     ),
     (
-        "there {person.they} met a {size} {color} {animal.name}.",
-        "a {size} {color} {animal.name} was waiting for {person.them} there.",
-        "near the gate {person.they} found a {size} {color} {animal.name}.",
-    ),
-    (
-        "{person.they} carried {person.their} {state} {tool.name} in a bag.",
-        "the {color} animal looked at {person.their} {state} {tool.name}.",
-        "{person.name} had brought {person.their} {state} {tool.name} from home.",
+        "at the {place.name} {person.they} met a {size} {color} {animal.name}.",
+        "near the {place.name} a {color} {animal.name} looked at the {tool.name}.",
+        "{person.they} showed the {tool.name} to a {size} {animal.name} there.",
     ),
 )
-# The forms of the last two sentences, by the fact they tell. The fact's word must not be named anywhere else.
-CONSEQUENCES = {
+# The forms of the next two sentences, by the fact they tell; they name what the fact is about.
+TELLINGS = {
+    "animal.sound": (
+        "the {animal.name} {animal.sound} loudly at {person.name}.",
+        "when {person.they} came near the {animal.name} {animal.sound} twice.",
+    ),
+    "animal.food": (
+        "{person.they} gave the {animal.name} some {animal.food} to eat.",
+        "the {animal.name} was hungry and ate some {animal.food}.",
+    ),
+    "place.seen": (
+        "the {animal.name} ran to the {place.seen} at the {place.name}.",
+        "at the {place.name} there were many {place.seen}.",
+    ),
+    "tool.use": (
+        "the {animal.name} watched {person.them} {tool.use} with the {tool.name}.",
+        "{person.they} took the {tool.name} and began to {tool.use}.",
+    ),
+}
+# The forms of the last sentence, by the fact it tells; they don't, so that the context must be understood.
+ENDINGS = {
     "animal.sound": (
         "then it turned to {person.name} and {animal.sound} loudly.",
         "all at once it {animal.sound} and made {person.them} laugh.",
@@ -101,7 +115,7 @@ class Story:
 
     choices: dict[str, Filler]
     forms: tuple[str, ...]
-    ending_fact: str  # the key of CONSEQUENCES that the last sentence tells
+    ending_fact: str  # the key of ENDINGS that the last sentence tells
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -155,8 +169,8 @@ class World:
 
     def story(self, rng: random.Random) -> Story:
         """Draws one story from the whole world, held-out pairs included."""
-        first_fact, ending_fact = rng.sample(sorted(CONSEQUENCES), 2)
-        form_sets = (*BEGINNINGS, CONSEQUENCES[first_fact], CONSEQUENCES[ending_fact])
+        first_fact, second_fact, ending_fact = rng.sample(sorted(ENDINGS), 3)
+        form_sets = (*BEGINNINGS, TELLINGS[first_fact], TELLINGS[second_fact], ENDINGS[ending_fact])
         return Story(
             choices={slot: rng.choice(options) for slot, options in CHOICES.items()},
             forms=tuple(rng.choice(forms) for forms in form_sets),
@@ -225,7 +239,7 @@ class World:
 
     def vocabulary(self) -> list[str]:
         """Returns every word that a story can hold, sorted, without the full stop."""
-        forms = [form for forms in (*BEGINNINGS, *CONSEQUENCES.values()) for form in forms]
+        forms = [form for forms in (*BEGINNINGS, *TELLINGS.values(), *ENDINGS.values()) for form in forms]
         literals = [text.replace(".", " ") for form in forms for text, *_ in Formatter().parse(form)]
         options = [option for options in CHOICES.values() for option in options]
         chosen = [word for option in options for word in ((option,) if isinstance(option, str) else option)]
