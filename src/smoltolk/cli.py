@@ -120,7 +120,15 @@ def _prepare(options: argparse.Namespace) -> None:
         validation_share=options.validation_share,
         workers=options.workers,
     )
-    print(summary)
+    splits = ", ".join(f"{count} {split}" for split, count in summary.splits.items())
+    print(
+        f"{options.output}: {summary.utterances} utterances ({splits}), {summary.hours:.2f} h, {summary.words} words, "
+        f"{summary.units_per_s:.1f} units/s"
+    )
+    if summary.unaligned:
+        print(f"{summary.unaligned} of them have no word times: they serve as speech and as text, not interleaved")
+    if summary.quarantined:
+        print(f"{summary.quarantined} rows could not be used, see {options.output / 'quarantine.jsonl'}")
 
 
 def _train(options: argparse.Namespace) -> None:

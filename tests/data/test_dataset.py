@@ -135,7 +135,7 @@ def test_predicted_switches_are_targets(store):
         ({"text_fingerprint": "other"}, "text tokenizer text-1, the model needs other"),
         ({"ids": IdSpace(100, 30, 0)}, "num_units 20, the model has 30"),
         ({"ids": IdSpace(50, 20, 0)}, "holds text token 99, but the model's text vocabulary has 50"),
-        ({"split": "test"}, "no utterance with text and aligned speech in the split 'test'"),
+        ({"split": "test"}, "no utterance with text, speech and word times in the split 'test'"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(store, changes, message):

@@ -114,7 +114,6 @@ def test_rows_of_all_kinds_become_a_store_and_bad_ones_are_quarantined(tmp_path,
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"audio": "0.wav", "text": "one two"}, "no word times: add word_ends_s"),
         ({"audio": "0.wav", "text": " ", "word_ends_s": []}, "no words"),
         ({"audio": "0.wav", "text": "one", "word_ends_s": [9.0]}, "past the 0.500 s of audio"),
         ({"audio": "0.wav", "text": "one two", "word_ends_s": [0.1]}, "1 entries for 2 words"),
@@ -158,11 +157,12 @@ def test_a_folder_is_read_with_the_texts_beside_its_audio(tmp_path, tokenizers):
     (tmp_path / "in" / "3.txt").write_bytes(b"\xff\xfe")
     prepare(tmp_path / "in", tmp_path / "out", **tokenizers)
     store = Store(tmp_path / "out")
-    assert [(store[row].id, store[row].has_text, store[row].has_speech) for row in range(2)] == [
+    assert [(store[row].id, store[row].has_text, store[row].has_speech) for row in range(3)] == [
         ("0.wav", False, True),
         ("2.txt", True, False),
+        ("part/1.flac", True, True),
     ]
-    assert [entry["id"] for entry in quarantine(tmp_path / "out")] == ["3.txt", "part/1.flac"]
+    assert [entry["id"] for entry in quarantine(tmp_path / "out")] == ["3.txt"]
     assert "UTF-8" in quarantine(tmp_path / "out")[0]["reason"]
 
 
@@ -356,3 +356,14 @@ def test_a_second_preparation_at_the_same_time_is_refused(tmp_path, tokenizers):
         pytest.raises(ValueError, match="being written by another process"),
     ):
         prepare(source, tmp_path / "out", **tokenizers)
+
+
+def test_text_and_audio_without_word_times_are_kept_but_never_interleaved(tmp_path, tokenizers):
+    spoken_row(tmp_path / "in", 0)
+    source = write_manifest(tmp_path / "in", [spoken_row(tmp_path / "in", 1), {"audio": "0.wav", "text": "one two"}])
+    summary = prepare(source, tmp_path / "out", **tokenizers)
+    assert (summary.utterances, summary.unaligned, summary.quarantined) == (2, 1, 0)
+    store = Store(tmp_path / "out")
+    assert [len(store.ids_of_split("train", **{half: True})) for half in ("has_text", "has_speech")] == [2, 2]
+    assert store.ids_of_split("train", is_aligned=True).tolist() == [0]
+    assert [store[i].is_aligned for i in range(2)] == [True, False]

@@ -129,7 +129,6 @@ def test_a_store_without_utterances_is_a_store(tmp_path):
         ({"word_ends_s": np.array([0.1, 0.3, 0.2])}, "runs backwards at word 2"),
         ({"word_ends_s": np.array([0.1, 0.3, 656.1])}, "past the 655.950 s of audio"),
         ({"word_ends_s": np.array([0.1, np.nan, 0.3])}, "non-finite"),
-        ({"word_ends_s": None}, "no word times"),
         ({"word_token_counts": np.array([1, 1, 1])}, "add up to 3, but text_ids has 4"),
         ({"word_token_counts": np.array([2, 2])}, "2 entries for 3 words"),
         ({"word_token_counts": np.array([0, 3, 1])}, "from 0 to 3"),

@@ -195,9 +195,16 @@ class BatchSource:
         for store, weight in weighted:
             if weight <= 0:
                 raise ValueError(f"{store.path} has the weight {weight} in task {task}: give more than 0")
-            rows.append(store.ids_of_split(self.split, has_text=task != "speech", has_speech=task != "text"))
+            rows.append(
+                store.ids_of_split(
+                    self.split,
+                    has_text=task != "speech",
+                    has_speech=task != "text",
+                    is_aligned=task == "interleaved",
+                )
+            )
             if len(rows[-1]) == 0:
-                half = {"interleaved": "text and aligned speech"}.get(task, task)
+                half = {"interleaved": "text, speech and word times"}.get(task, task)
                 raise ValueError(
                     f"{store.path} has no utterance with {half} in the split {self.split!r}: "
                     f"prepare it with such utterances, or leave the store out of the task {task}"

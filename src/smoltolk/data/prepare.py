@@ -90,6 +90,8 @@ class PrepareSummary:
         utterances: number of utterances in the store.
         splits: number of utterances in each split.
         quarantined: number of rows in `quarantine.jsonl`.
+        unaligned: utterances with text and speech but without word times: they serve as speech and as text,
+            but are never interleaved.
         words: number of written words.
         units: number of speech units.
         seconds: length of all audio.
@@ -98,6 +100,7 @@ class PrepareSummary:
     utterances: int
     splits: dict[str, int]
     quarantined: int
+    unaligned: int
     words: int
     units: int
     seconds: float
@@ -143,8 +146,8 @@ def prepare(
     a folder every audio file is a row, with the text of the .txt file of the same stem beside it; a .txt file
     without audio is a row of text.
 
-    A row that cannot be used goes to `quarantine.jsonl` (id, source, reason) and changes no other row. Text
-    and audio together need word times: they are never guessed.
+    A row that cannot be used goes to `quarantine.jsonl` (id, source, reason) and changes no other row. Word
+    times are never guessed: text and audio without them are kept, but not interleaved.
 
     Stopped at any point, by Ctrl-C or worse, it goes on where it was when called again in the same way.
 
@@ -402,6 +405,7 @@ def _prepare_block(
         "words": sum(len(utterance.array("word_token_counts")) for utterance in utterances if utterance.has_text),
         "units": sum(len(utterance.array("units")) for utterance in utterances if utterance.has_speech),
         "seconds": sum(utterance.seconds or 0.0 for utterance in utterances),
+        "unaligned": sum(u.has_text and u.has_speech and not u.is_aligned for u in utterances),
         "quarantined": quarantined,
     }
     _write_json(_block_record(job.output, number), record)
@@ -421,8 +425,6 @@ def _prepare_row(job: _Job, row: SourceRow) -> Utterance:
         halves["text"] = row.text
         halves["text_ids"], halves["word_token_counts"] = encode_words(job.text_tokenizer, row.text)
     if row.audio is not None and job.speech_tokenizer is not None:
-        if row.text is not None and row.word_ends_s is None:
-            raise ValueError("no word times: add word_ends_s to the manifest, or leave out the text to keep the speech")
         sample_rate_hz = job.speech_tokenizer.sample_rate_hz
         audio = load_audio(job.source_folder / row.audio, sample_rate_hz=sample_rate_hz)
         units = job.speech_tokenizer.encode(audio)
@@ -504,6 +506,7 @@ def _finish(output: Path, settings: dict[str, Any], num_blocks: int) -> PrepareS
         utterances=sum(record["shard"]["rows"] for record in records),
         splits=dict(sorted(splits.items())),
         quarantined=len(quarantined),
+        unaligned=sum(record["unaligned"] for record in records),
         words=sum(record["words"] for record in records),
         units=sum(record["units"] for record in records),
         seconds=sum(record["seconds"] for record in records),

@@ -61,7 +61,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class Utterance:
-    """One utterance: a text half, a speech half, or both with the times that align them.
+    """One utterance: a text half, a speech half, or both; word times align the halves.
 
     Args:
         id: name of the utterance.
@@ -98,6 +98,11 @@ class Utterance:
     def has_speech(self) -> bool:
         """Whether the speech half is there."""
         return self.units is not None
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether both halves are there with the times that align them."""
+        return self.word_ends_s is not None
 
     def array(self, field: str) -> np.ndarray:
         """The array of a field that has to be there.
@@ -223,10 +228,10 @@ def check_utterance(utterance: Utterance, metadata: StoreMetadata) -> None:
         _check_text(utterance, metadata, refuse)
     if utterance.has_speech:
         _check_speech(utterance, metadata, refuse)
-    if utterance.has_text and utterance.has_speech:
-        _check_word_ends(utterance, refuse)
-    elif utterance.word_ends_s is not None:
-        refuse("word_ends_s without both text and speech: leave it out")
+    if utterance.word_ends_s is not None:
+        if not (utterance.has_text and utterance.has_speech):
+            refuse("word_ends_s without both text and speech: leave it out")
+        _check_word_ends(utterance, utterance.word_ends_s.astype(np.float64), refuse)
 
 
 def _check_text(utterance: Utterance, metadata: StoreMetadata, refuse: Refusal) -> None:
@@ -269,10 +274,7 @@ def _check_speech(utterance: Utterance, metadata: StoreMetadata, refuse: Refusal
         refuse(f"seconds is {utterance.seconds}: give the length of the audio")
 
 
-def _check_word_ends(utterance: Utterance, refuse: Refusal) -> None:
-    if utterance.word_ends_s is None:
-        refuse("no word times: text and speech of one utterance need word_ends_s to be aligned")
-    ends_s = utterance.word_ends_s.astype(np.float64)
+def _check_word_ends(utterance: Utterance, ends_s: np.ndarray, refuse: Refusal) -> None:
     num_words = len(utterance.array("word_token_counts"))
     if len(ends_s) != num_words:
         refuse(f"word_ends_s has {len(ends_s)} entries for {num_words} words: give one for each word")
@@ -558,23 +560,28 @@ class Store:
         """Number of different units, None in a store without speech."""
         return self.metadata.num_units
 
-    def ids_of_split(self, split: str, *, has_text: bool = False, has_speech: bool = False) -> np.ndarray:
+    def ids_of_split(
+        self, split: str, *, has_text: bool = False, has_speech: bool = False, is_aligned: bool = False
+    ) -> np.ndarray:
         """Row numbers (n,) of a split, in order: `store[i]` for each of them.
 
         Args:
             split: "train", "validation", …
             has_text: only rows with a text half.
             has_speech: only rows with a speech half.
+            is_aligned: only rows with both halves and the times that align them.
         """
         found = []
         for shard, start in zip(self.shards, self._shard_starts, strict=False):
-            columns = ["split", "seconds", "word_token_counts"]
+            columns = ["split", "seconds", "word_token_counts", "word_ends_s"]
             table = pq.read_table(self.path / shard.file, columns=columns, memory_map=True)
             keep = pc.fill_null(pc.equal(table["split"], split), False)
             if has_text:
                 keep = pc.and_(keep, pc.is_valid(table["word_token_counts"]))
             if has_speech:
                 keep = pc.and_(keep, pc.is_valid(table["seconds"]))
+            if is_aligned:
+                keep = pc.and_(keep, pc.is_valid(table["word_ends_s"]))
             found.append(np.flatnonzero(keep.to_numpy()) + start)
         return np.concatenate(found)
 
