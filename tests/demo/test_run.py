@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,15 @@ README = Path("README.md").read_text(encoding="utf-8")
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "demo-run"
-    subprocess.run(
-        [sys.executable, "-m", "smoltolk", "demo", "--quick", "--output", str(folder)], check=True, timeout=600
-    )
+    command = [sys.executable, "-m", "smoltolk", "demo", "--quick", "--output", str(folder)]
+    killed = subprocess.Popen(command)
+    while killed.poll() is None and not (folder / "seed-0" / "steps" / "cloze.json").exists():
+        time.sleep(0.1)
+    killed.kill()  # in the middle of pretraining the backbone: the next run goes on
+    killed.wait()
+    stamps = {path.name: path.stat().st_mtime_ns for path in (folder / "seed-0" / "steps").glob("*.json")}
+    (folder.parent / "stamps-at-kill.json").write_text(json.dumps(stamps))
+    subprocess.run(command, check=True, timeout=600)
     return folder
 
 
@@ -73,6 +80,13 @@ def test_who_ignores_the_context_scores_half(demo):
         first, second = items[0::2], items[1::2]
         assert [i[f"true_{ending}"] for i in first] == [i[f"false_{ending}"] for i in second]
         assert [i[f"false_{ending}"] for i in first] == [i[f"true_{ending}"] for i in second]
+
+
+@pytest.mark.slow
+def test_a_killed_run_went_on_without_doing_its_first_steps_again(demo):
+    stamps = json.loads((demo.parent / "stamps-at-kill.json").read_text())
+    assert {"tokenizer.json", "speech.json", "cloze.json"} <= set(stamps)
+    assert stamps == {name: (demo / "seed-0" / "steps" / name).stat().st_mtime_ns for name in stamps}
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tests.conftest import EARLY_FUSION, tiny_recipe
 
 from smoltolk import SmolTolkForCausalLM
+from smoltolk.speech.units import MelTokenizer
 from smoltolk.training import checkpoints
 from smoltolk.training.checkpoints import list_checkpoints, load_state
 from smoltolk.training.config import make_recipe
@@ -179,6 +181,18 @@ def test_a_store_of_another_text_tokenizer_is_refused(tiny_world, tmp_path):
     settings["model"]["backbone"] = str(backbone)
     with pytest.raises(ValueError, match="was made with the text tokenizer"):
         run(settings)
+
+
+def test_a_missing_or_foreign_speech_tokenizer_is_refused_before_training(tiny_world, tmp_path):
+    with pytest.raises(ValueError, match="holds no speech tokenizer"):
+        run(tiny_recipe(tiny_world, tmp_path, speech_tokenizer=str(tmp_path / "none")))
+    noise = np.random.default_rng(0).normal(size=32000).astype(np.float32)
+    MelTokenizer.fit([noise], num_units=4).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="but the stores hold units of speech-0"):
+        run(tiny_recipe(tiny_world, tmp_path, speech_tokenizer=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="is not a whole vocoder"):
+        run(tiny_recipe(tiny_world, tmp_path, vocoder=str(tmp_path / "none")))
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_finished_run_is_not_run_again(tiny_world, tmp_path, whole_run):

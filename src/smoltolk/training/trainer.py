@@ -19,6 +19,8 @@ from smoltolk.data.dataset import TASKS, Batch, BatchSource, TaskMixture
 from smoltolk.data.store import Store, lock
 from smoltolk.data.text import tokenizer_fingerprint
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
+from smoltolk.speech.units import load_speech_tokenizer
+from smoltolk.speech.vocoder import MelVocoder
 from smoltolk.training.checkpoints import (
     RunState,
     list_checkpoints,
@@ -69,6 +71,7 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.backbone)
         self.model = self._make_model()
         self.model.to(self.device)  # type: ignore[arg-type]
+        self._check_companions()
         self._sources = [self._source(stage) for stage in recipe.stages]
         self._validation = dict(self._validation_batches())
 
@@ -138,6 +141,24 @@ class Trainer:
         )
         model.set_attn_implementation(self.recipe.attn_implementation)
         return model
+
+    def _check_companions(self) -> None:
+        """What is kept with the model must be there and fit it, before hours are spent."""
+        recipe, card = self.recipe, self.model.config.speech_tokenizer
+        if recipe.speech_tokenizer is not None:
+            found = load_speech_tokenizer(recipe.speech_tokenizer).fingerprint
+            if found != card["fingerprint"]:
+                raise ValueError(
+                    f"speech_tokenizer {recipe.speech_tokenizer} has the fingerprint {found}, but the stores hold units "
+                    f"of {card['fingerprint']}: give the tokenizer that made them"
+                )
+        if recipe.vocoder is not None:
+            vocoder = MelVocoder.load(recipe.vocoder)
+            if vocoder.tokenizer_fingerprint != card["fingerprint"]:
+                raise ValueError(
+                    f"vocoder {recipe.vocoder} decodes units of {vocoder.tokenizer_fingerprint}, but the stores hold "
+                    f"units of {card['fingerprint']}: give the vocoder of their tokenizer"
+                )
 
     def _source(self, stage: StageSettings, mixture: TaskMixture | None = None, split: str = "train") -> BatchSource:
         data, config = self.recipe.data, self.model.config
