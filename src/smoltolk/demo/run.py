@@ -50,7 +50,7 @@ EARLY_FUSION: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {"smoltolk": {}, "early-fusion": EARLY_FUSION}
 # Each model's own rate for stage 2, from a sweep on development items; at one common rate one of them loses.
 STAGE_2_RATES = {"smoltolk": 1.5e-3, "early-fusion": 3e-3}
-FRESH_SEED = 2  # of the cloze items that the report is about; 1 is for development
+FRESH_SEED = 3  # of the cloze items that the report is about; 1 and 2 chose the settings
 WORKERS = 2
 
 
@@ -296,6 +296,7 @@ def _recipe(name: str, folder: Path, paths: dict[str, Path], settings: DemoSetti
                 "mixture": {"interleaved": 1, "speech": 1, "text": 1},
                 "learning_rate": STAGE_2_RATES[name],
                 "warmup_steps": min(10, second // 3),
+                "decay_steps": 3 * second // 10,
             },
         ],
         "validation": {

@@ -149,8 +149,8 @@ class Trainer:
             found = load_speech_tokenizer(recipe.speech_tokenizer).fingerprint
             if found != card["fingerprint"]:
                 raise ValueError(
-                    f"speech_tokenizer {recipe.speech_tokenizer} has the fingerprint {found}, but the stores hold units "
-                    f"of {card['fingerprint']}: give the tokenizer that made them"
+                    f"speech_tokenizer {recipe.speech_tokenizer} has the fingerprint {found}, but the stores hold "
+                    f"units of {card['fingerprint']}: give the tokenizer that made them"
                 )
         if recipe.vocoder is not None:
             vocoder = MelVocoder.load(recipe.vocoder)
