@@ -56,6 +56,12 @@ def test_the_model_files_import_siblings_only_so_that_they_can_travel_with_a_mod
 
 
 def test_exported_members():
-    assert sorted(smoltolk.__all__) == ["SmolTolkConfig", "SmolTolkForCausalLM", "SmolTolkOutput", "import_checkpoint"]
+    assert sorted(smoltolk.__all__) == [
+        "SmolTolkConfig",
+        "SmolTolkForCausalLM",
+        "SmolTolkOutput",
+        "SmolTolkPipeline",
+        "import_checkpoint",
+    ]
     assert all(hasattr(smoltolk, name) for name in smoltolk.__all__)
     assert (SOURCE / "py.typed").exists()

@@ -44,7 +44,7 @@ def run_lanes(lanes: Mapping[str, Lane], logs: Path) -> dict[str, float]:
         Seconds of each lane.
 
     Raises:
-        RuntimeError: a lane failed; names its log.
+        ChildProcessError: a lane failed; names its log.
     """
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
@@ -79,7 +79,7 @@ def run_lanes(lanes: Mapping[str, Lane], logs: Path) -> dict[str, float]:
         raise
     for name, process in processes.items():
         if process.exitcode:
-            raise RuntimeError(f"{name} failed, see {logs / f'{name}.log'}")
+            raise ChildProcessError(f"{name} failed, see {logs / f'{name}.log'}")
     return seconds
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import soundfile
 from rich.table import Table
+from safetensors import safe_open
 
+from smoltolk.demo.backbone import BackboneSettings
 from smoltolk.demo.world import CLOZE_KINDS
 from smoltolk.evaluation.results import bootstrap
 from smoltolk.evaluation.tasks import PAIRS
@@ -22,7 +25,9 @@ TITLES = {"smoltolk": "SmolTolk", "early-fusion": "early fusion", "text-alone": 
 COLOURS = {"smoltolk": "#1b6ca8", "early-fusion": "#d1495b", "text-alone": "#7a7a7a"}
 
 
-def collect(folder: Path, seed: int, steps: dict[str, dict[str, Any]], models: Sequence[str]) -> dict[str, Any]:
+def collect(
+    folder: Path, seed: int, steps: dict[str, dict[str, Any]], models: Sequence[str], backbone: BackboneSettings
+) -> dict[str, Any]:
     """Everything the report says about one seed, read back from what its steps wrote."""
     result: dict[str, Any] = {"seed": seed, "folder": str(folder), "steps": steps, "models": {}}
     for name in (*models, "text-alone"):
@@ -34,9 +39,24 @@ def collect(folder: Path, seed: int, steps: dict[str, dict[str, Any]], models: S
         evaluation_s = json.loads((folder / f"{name}-cloze" / "seconds.json").read_text(encoding="utf-8"))
         result["models"][name]["evaluation_s"] = evaluation_s
         result["models"][name]["curve"] = read_metrics(folder / name / "metrics.jsonl")
-    result["backbone_losses"] = json.loads((folder / "backbone-losses.json").read_text(encoding="utf-8"))
+    losses = json.loads((folder / "backbone-losses.json").read_text(encoding="utf-8"))
+    tokens = len(losses) * backbone.rows_per_step * backbone.row_tokens
+    result["backbone"] = {
+        "tokens": tokens,
+        "flops": 6 * num_parameters(folder / "backbone") * tokens,  # its attention over 64 tokens left out
+        "losses": losses,
+    }
     result["differences"] = _differences(folder)
     return result
+
+
+def num_parameters(folder: Path) -> int:
+    """Number of weights in a model folder's safetensors files."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total
 
 
 def _differences(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -162,6 +182,7 @@ def write_report(output: Path, results: Sequence[dict[str, Any]], settings: dict
             {
                 "seed": r["seed"],
                 "steps": [(s["title"], s["seconds"], s.get("lanes", {})) for s in r["steps"].values()],
+                "backbone": r["backbone"],
                 "models": {n: m for n, m in r["models"].items() if "tokens" in m},
             }
             for r in results

@@ -254,7 +254,7 @@ def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console)
         "continue prompts in all four directions",
         lambda: _continue_prompts(folder, world, settings, {*spoken, *written}),
     )
-    return report.collect(folder, seed, steps.records, list(MODELS))
+    return report.collect(folder, seed, steps.records, list(MODELS), settings.backbone)
 
 
 def _recipe(name: str, folder: Path, paths: dict[str, Path], settings: DemoSettings, seed: int) -> str:

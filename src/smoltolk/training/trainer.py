@@ -211,12 +211,6 @@ class Trainer:
     def _export(self, state: RunState) -> Path:
         """The trained model with its tokenizers and vocoder in one folder, replaced as a whole."""
         final, aside = self.output / MODEL_FOLDER, self.output / f".{MODEL_FOLDER}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        self.model.save_pretrained(aside)
-        self.tokenizer.save_pretrained(aside)
-        for name in ("speech_tokenizer", "vocoder"):
-            if source := getattr(self.recipe, name):
-                shutil.copytree(source, aside / name)
         record = {
             "recipe": self.recipe.model_dump(mode="json"),
             "tokens": state.tokens,
@@ -224,9 +218,18 @@ class Trainer:
             "seconds": state.seconds,
             "skipped_steps": state.skipped_steps,
         }
-        (aside / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            self.model.save_pretrained(aside)
+            self.tokenizer.save_pretrained(aside)
+            for name in ("speech_tokenizer", "vocoder"):
+                if source := getattr(self.recipe, name):
+                    shutil.copytree(source, aside / name)
+            (aside / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
         return final
 
     # ---- one step
