@@ -9,8 +9,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smoltolk import SmolTolkConfig, SmolTolkForCausalLM
-from smoltolk.data.store import Utterance, write_store
+from smoltolk.data.store import write_store
 from smoltolk.data.text import encode_words, tokenizer_fingerprint
+from smoltolk.data.utterance import Utterance
 
 torch.set_num_threads(1)  # for models this tiny, more threads only wait for each other
 

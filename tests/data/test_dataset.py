@@ -6,7 +6,8 @@ import torch
 
 from smoltolk.data.dataset import BatchSource, TaskMixture
 from smoltolk.data.interleaving import SpanPolicy
-from smoltolk.data.store import Store, Utterance, write_store
+from smoltolk.data.store import Store, write_store
+from smoltolk.data.utterance import Utterance
 from smoltolk.model.configuration_smoltolk import IdSpace
 
 IDS = IdSpace(text_vocab_size=100, num_units=20, end_of_text_id=0)

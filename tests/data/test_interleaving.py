@@ -18,7 +18,7 @@ from smoltolk.data.interleaving import (
     word_tokens,
     word_units,
 )
-from smoltolk.data.store import Utterance
+from smoltolk.data.utterance import Utterance
 from smoltolk.model.configuration_smoltolk import IdSpace
 
 IDS = IdSpace(text_vocab_size=1_000, num_units=500, end_of_text_id=999)

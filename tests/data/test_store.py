@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from smoltolk.data import store as store_module
-from smoltolk.data.store import MANIFEST, Store, StoreWriter, Utterance, lock, write_store
+from smoltolk.data.store import MANIFEST, Store, StoreWriter, lock, write_store
+from smoltolk.data.utterance import Utterance
 
 CARD = {
     "kind": "fake",

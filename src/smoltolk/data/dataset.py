@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from smoltolk.data.interleaving import Row, SpanPolicy, interleave, speech_row, text_row
-from smoltolk.data.store import Store, Utterance
+from smoltolk.data.store import Store
+from smoltolk.data.utterance import Utterance
 from smoltolk.model.configuration_smoltolk import IdSpace
 
 TASKS = ("interleaved", "speech", "text")

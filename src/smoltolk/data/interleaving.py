@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smoltolk.data.store import Utterance
+from smoltolk.data.utterance import Utterance
 from smoltolk.model.configuration_smoltolk import IdSpace
 
 IGNORED_LABEL = -100

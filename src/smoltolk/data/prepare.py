@@ -34,19 +34,9 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from smoltolk.data.store import (
-    FORMAT_VERSION,
-    MANIFEST,
-    ROWS_PER_SHARD,
-    Shard,
-    StoreMetadata,
-    Utterance,
-    check_utterance,
-    lock,
-    write_manifest,
-    write_shard,
-)
+from smoltolk.data.store import MANIFEST, ROWS_PER_SHARD, Shard, lock, write_manifest, write_shard
 from smoltolk.data.text import encode_words, tokenizer_fingerprint
+from smoltolk.data.utterance import FORMAT_VERSION, StoreMetadata, Utterance, check_utterance
 from smoltolk.speech.audio import load_audio, write_atomically
 from smoltolk.speech.units import SpeechTokenizer
 

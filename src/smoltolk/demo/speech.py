@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from smoltolk.data.store import Utterance, write_store
+from smoltolk.data.store import write_store
 from smoltolk.data.text import encode_words, tokenizer_fingerprint
+from smoltolk.data.utterance import Utterance
 from smoltolk.demo import world
 from smoltolk.evaluation.tasks import ClozeItem
 from smoltolk.speech.audio import load_audio
