@@ -50,7 +50,7 @@ EARLY_FUSION: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {"smoltolk": {}, "early-fusion": EARLY_FUSION}
 # Each model's own rate for stage 2, from a sweep on development items; at one common rate one of them loses.
 STAGE_2_RATES = {"smoltolk": 1.5e-3, "early-fusion": 3e-3}
-FRESH_SEED = 3  # of the cloze items that the report is about; 1 and 2 chose the settings
+FRESH_SEED = 4  # of the cloze items that the report is about; 1 to 3 chose the settings
 WORKERS = 2
 
 
@@ -81,7 +81,7 @@ class DemoSettings:
     vocoder_texts: int = 80
     vocoder_steps: int = 600
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
-    stage_steps: tuple[int, int] = (300, 1700)
+    stage_steps: tuple[int, int] = (300, 2000)
     rows_per_step: int = 8
     row_tokens: int = 128
     validation_rows: int = 64
@@ -296,7 +296,7 @@ def _recipe(name: str, folder: Path, paths: dict[str, Path], settings: DemoSetti
                 "mixture": {"interleaved": 1, "speech": 1, "text": 1},
                 "learning_rate": STAGE_2_RATES[name],
                 "warmup_steps": min(10, second // 3),
-                "decay_steps": 3 * second // 10,
+                "decay_steps": second // 2,
             },
         ],
         "validation": {
