@@ -52,6 +52,8 @@ def run_lanes(lanes: Mapping[str, Lane], logs: Path) -> dict[str, float]:
     counters: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     started = time.perf_counter()
+    # A child ignores Ctrl-C until it can hear of it from its parent.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name, lane in lanes.items():
         counters[name] = context.Value("l", 0)
         processes[name] = context.Process(
@@ -60,6 +62,7 @@ def run_lanes(lanes: Mapping[str, Lane], logs: Path) -> dict[str, float]:
             daemon=False,
         )
         processes[name].start()
+    signal.signal(signal.SIGINT, previous)
     try:
         with progress_bar() as bar:
             tasks = {name: bar.add_task(name, total=lane.total) for name, lane in lanes.items()}
@@ -85,6 +88,7 @@ def run_lanes(lanes: Mapping[str, Lane], logs: Path) -> dict[str, float]:
 
 def _run_lane(function: Callable[..., None], arguments: tuple[Any, ...], counter: Any, log: Path) -> None:
     os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     import torch
 
