@@ -134,6 +134,7 @@ def test_a_rate_or_pitch_out_of_range_is_refused(field: str, value: int) -> None
 
 
 def test_a_ctrl_c_while_speaking_is_not_lost() -> None:
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     synthesizer = EspeakSynthesizer()
     synthesizer.speak("warm up")
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
@@ -143,6 +144,7 @@ def test_a_ctrl_c_while_speaking_is_not_lost() -> None:
         while time.monotonic() < deadline:
             synthesizer.speak("The red dog sat on the mat. " * 20)
     timer.join()
+    signal.signal(signal.SIGINT, previous)
     assert len(synthesizer.speak("again").words) == 1
 
 
