@@ -30,11 +30,11 @@ def test_equal_seeds_give_equal_stories_and_other_seeds_others():
     assert World(seed=1).stories(seed=0, count=50) != STORIES[:50]
 
 
-def test_a_story_has_five_plain_sentences_of_about_forty_five_words():
+def test_a_story_has_five_plain_sentences_of_about_forty_four_words():
     for story in STORIES:
         assert len(story.sentences) == 5
         assert all(re.fullmatch(r"[a-z]+( [a-z]+)*\.", sentence) for sentence in story.sentences)
-    assert 43 <= mean(len(_words(story.text)) for story in STORIES) <= 47
+    assert 42 <= mean(len(_words(story.text)) for story in STORIES) <= 45
 
 
 def test_the_vocabulary_is_exactly_the_words_of_the_stories():

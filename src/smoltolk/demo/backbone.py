@@ -29,7 +29,7 @@ class BackboneSettings:
     hidden_size: int = 128
     num_layers: int = 6
     num_heads: int = 4
-    steps: int = 1000
+    steps: int = 1200
     rows_per_step: int = 16
     row_tokens: int = 64
     learning_rate: float = 1.5e-3

@@ -66,7 +66,7 @@ BEGINNINGS = (
         "{person.they} showed the {tool.name} to a {size} {animal.name} there.",
     ),
 )
-# The forms of the next two sentences, by the fact they tell; they name what it is about just before.
+# The forms of the next two sentences, by the fact they tell; they name what the fact is about.
 TELLINGS = {
     "animal.sound": (
         "the {animal.name} {animal.sound} loudly at {person.name}.",
@@ -77,12 +77,12 @@ TELLINGS = {
         "the {animal.name} was hungry and ate some {animal.food}.",
     ),
     "place.seen": (
-        "the {animal.name} ran around and the {place.name} was full of {place.seen}.",
-        "at the {place.name} many {place.seen} were waiting for {person.them}.",
+        "the {animal.name} ran to the {place.seen} at the {place.name}.",
+        "at the {place.name} there were many {place.seen}.",
     ),
     "tool.use": (
-        "the {animal.name} saw how the {tool.name} helped {person.them} {tool.use}.",
-        "with the {tool.name} {person.they} could {tool.use} very well.",
+        "the {animal.name} watched {person.them} {tool.use} with the {tool.name}.",
+        "{person.they} took the {tool.name} and began to {tool.use}.",
     ),
 }
 # The forms of the last sentence, by the fact it tells; they don't, so that the context must be understood.
