@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from tests.conftest import EARLY_FUSION, NUM_UNITS, SPEECH_CARD, mixed_ids, tiny_model, tiny_text_tokenizer
+from tests.conftest import (
+    EARLY_FUSION,
+    NUM_UNITS,
+    SPEECH_CARD,
+    mixed_ids,
+    tiny_lm_config,
+    tiny_model,
+    tiny_text_tokenizer,
+)
 
 from smoltolk.generation.pipeline import SmolTolkPipeline
 from smoltolk.generation.sampling import continue_ids, next_is_speech
@@ -55,14 +63,15 @@ def test_cached_generation_equals_uncached_in_batches_with_left_padding(settings
         assert model.ids.end_of_speech_id not in new
 
 
-def test_the_end_token_ends_a_row_and_is_left_out(model):
-    with torch.no_grad():  # the end of text gets all the weight
-        model.lm.get_input_embeddings().weight[1:] *= 0
-    prompt = torch.tensor([[3, 4]])
+def test_the_end_token_ends_a_row_and_is_left_out():
+    model = tiny_model(lm_config=tiny_lm_config(tie_word_embeddings=False))
     with torch.no_grad():
-        best = int(model(prompt).logits[0, -1, : model.ids.text_vocab_size].argmax())
-    new = continue_ids(model, prompt, max_new_tokens=5, temperature=0)[0]
-    assert (new == []) == (best == model.ids.end_of_text_id)
+        model.lm.lm_head.weight[1:] = 0  # the end of text is the best or the worst, by the sign of its logit
+        prompts = torch.arange(1, 30)[:, None]
+        ends_at_once = model(prompts).logits[:, -1, model.ids.end_of_text_id] > 0
+    found = [continue_ids(model, prompt[None], max_new_tokens=3, temperature=0)[0] for prompt in prompts]
+    assert [len(new) == 0 for new in found] == ends_at_once.tolist()
+    assert 0 < sum(ends_at_once) < len(prompts)
 
 
 def test_seeds_decide_what_is_sampled(pipeline):
