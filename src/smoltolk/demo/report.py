@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import scipy.stats
 import soundfile
 from rich.table import Table
 from safetensors import safe_open
@@ -112,9 +113,10 @@ def verdict(results: Sequence[dict[str, Any]]) -> list[str]:
             points = 100 * float(np.mean([d["mean"] for d in found]))
             if len(found) > 1:
                 error = 100 * float(np.std([d["mean"] for d in found], ddof=1)) / len(found) ** 0.5
-                is_clear = abs(points) > 2 * error
-                spread = f"standard error over {len(found)} seeds {error:.1f}"
-                level = "twice its standard error over seeds"
+                reach = error * float(scipy.stats.t.ppf(0.975, len(found) - 1))  # few seeds are weak evidence
+                is_clear = abs(points) > reach
+                spread = f"95 % interval over {len(found)} seeds {points - reach:+.1f} … {points + reach:+.1f}"
+                level = "the noise over seeds"
             else:
                 low, high = 100 * found[0]["low"], 100 * found[0]["high"]
                 is_clear = low > 0 or high < 0
