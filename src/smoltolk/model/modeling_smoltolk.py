@@ -256,13 +256,12 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
         embeds = self._embed(input_ids)  # (batch, seq, dim)
         fused = self._fuse(embeds, is_speech, past_key_values)
+        wants_logits = return_logits or (return_logits is None and labels is None)
+        rows = slice(None)  # the rows that the output adapter runs on
+        if labels is not None and not wants_logits and past_key_values is None:
+            rows = self._rows_with_unit_labels(labels)
         # The mask is made before the backbone puts this call's tokens into the cache.
-        causal = {
-            "attention_mask": create_causal_mask(self.lm.config, embeds, attention_mask, past_key_values, position_ids),
-            "position_ids": position_ids,
-            "position_embeddings": self.body.rotary_emb(embeds, position_ids),
-            "past_key_values": past_key_values,
-        }
+        causal = self._causal(embeds, attention_mask, position_ids, past_key_values, rows)
         with layer_outputs(self.body.layers) as levels:
             last = self.body(
                 inputs_embeds=fused,
@@ -276,16 +275,16 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
         mixed, layer_weights = self.layer_selector(levels)
         speech = mixed + embeds if self.config.speech_residual else mixed
-        speech = self.output_adapter(speech.to(embeds.dtype), **causal)
+        speech = self.output_adapter(speech[rows].to(embeds.dtype), **causal)
         if self.output_norm is not None:
             speech = self.output_norm(speech)
 
         output = SmolTolkOutput(layer_weights=layer_weights, past_key_values=past_key_values)
         if labels is not None:
-            losses = self._add_losses(output, last, speech, labels, is_real, num_items_in_batch)
+            losses = self._add_losses(output, last, speech, labels, rows, is_real, num_items_in_batch)
             if return_label_losses:
                 output.label_losses = losses
-        if return_logits or (return_logits is None and labels is None):
+        if wants_logits:
             output.logits = self._logits(last[:, -logits_to_keep:], speech[:, -logits_to_keep:])
         if output_hidden_states:
             output.hidden_states = (fused, *levels)
@@ -353,6 +352,33 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return torch.where(is_speech[..., None], composed.to(embeds.dtype), embeds)
 
+    def _causal(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        rows: Tensor | slice,
+    ) -> dict[str, Any]:
+        """What decoder layers take for causal attention over whole sequences, for some rows of the batch."""
+        embeds = embeds[rows]
+        if attention_mask is not None:
+            attention_mask = attention_mask[rows]
+        if len(position_ids) > 1:
+            position_ids = position_ids[rows]
+        return {
+            "attention_mask": create_causal_mask(self.lm.config, embeds, attention_mask, cache, position_ids),
+            "position_ids": position_ids,
+            "position_embeddings": self.body.rotary_emb(embeds, position_ids),
+            "past_key_values": cache,
+        }
+
+    def _rows_with_unit_labels(self, labels: Tensor) -> Tensor:
+        """Indices of the rows that speech is predicted in, at least one so that every parameter keeps a gradient."""
+        chosen = (labels[:, 1:] >= self.ids.speech_offset).any(1)
+        chosen[0] |= ~chosen.any()
+        return chosen.nonzero()[:, 0]
+
     def _logits(self, last: Tensor, speech: Tensor) -> Tensor:
         """Both heads side by side in the one id space, (batch, kept, vocab_size)."""
         text_logits, speech_logits = self._text_head(last), self._speech_head(speech)
@@ -372,19 +398,21 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         last: Tensor,
         speech: Tensor,
         labels: Tensor,
+        rows: Tensor | slice,
         is_real: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Cross-entropy of every label over its own block, text or speech (paper, section 3).
 
-        Fills in the losses of the output and returns those of the labels, (batch, seq).
+        `speech` holds the output adapter's `rows`, which no unit label lies outside of. Fills in the losses of the
+        output and returns those of the labels, (batch, seq).
         """
         target = labels[:, 1:]
         is_text = (target >= 0) & (target < self.ids.text_vocab_size)
         is_unit = target >= self.ids.speech_offset
         # Heads run on labelled rows only: an empty choice still gives every parameter a gradient (of zero).
         text_logits = self._text_head(last[:, :-1][is_text])
-        unit_logits = self._speech_head(speech[:, :-1][is_unit])
+        unit_logits = self._speech_head(speech[:, :-1][is_unit[rows]])
         text_losses = F.cross_entropy(text_logits.float(), target[is_text], reduction="none")
         unit_losses = F.cross_entropy(unit_logits.float(), target[is_unit] - self.ids.speech_offset, reduction="none")
         text_sum, unit_sum = text_losses.sum(), unit_losses.sum()
