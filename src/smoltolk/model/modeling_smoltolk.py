@@ -257,7 +257,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         embeds = self._embed(input_ids)  # (batch, seq, dim)
         fused = self._fuse(embeds, is_speech, past_key_values)
         wants_logits = return_logits or (return_logits is None and labels is None)
-        rows = slice(None)  # the rows that the output adapter runs on
+        rows: Tensor | slice = slice(None)  # the rows that the output adapter runs on
         if labels is not None and not wants_logits and past_key_values is None:
             rows = self._rows_with_unit_labels(labels)
         # The mask is made before the backbone puts this call's tokens into the cache.
