@@ -1,9 +1,9 @@
 """A miniature world: seeded five-sentence stories, cloze items about them, and their word tokenizer.
 
-In every story a person brings a tool to a place and meets an animal. Two sentences tell what is so in this world:
-what the animal says or eats, what is seen at the place, what the tool is for. The last sentence tells one more such
-fact without naming what it is about, so it can be predicted only by binding the earlier sentences to knowledge learnt
-from other stories.
+In every story a person brings an object to a place and meets an animal. Two sentences tell what is so in this world:
+what the animal says, what it eats, what is seen at the place. The last sentence tells the third such fact without
+naming what it is about, so it can be predicted only by binding the earlier sentences to knowledge learnt from other
+stories.
 """
 
 import random
@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerFast
 Person = namedtuple("Person", "name they them their")  # the pronouns that continue the name
 Animal = namedtuple("Animal", "name sound food")  # what its voice does, what it eats
 Place = namedtuple("Place", "name seen")  # what is seen there
-Tool = namedtuple("Tool", "name use")  # what it is used for
-Filler = Person | Animal | Place | Tool | str
+Filler = Person | Animal | Place | str
 
 WOMEN = "anna emma lucy maria sarah julia nina clara alice helen rosa ruth lisa paula vera diana irene gloria"
 MEN = "tom peter david george oliver simon jack henry martin paul victor felix adam oscar hugo leo bruno walter"
@@ -33,12 +32,12 @@ PLACES = (
     "harbor boats, farm tractors, forest mushrooms, beach shells, library books, castle knights, "
     "school children, station trains, desert dunes, garden flowers"
 )
-TOOLS = "shovel dig, knife slice, pencil draw, broom sweep, hammer build, spoon stir, ladder climb, phone call"
 PLAIN = {  # words that decide nothing
     "color": "red blue green black white brown gray pink yellow purple orange golden silver",
     "day": "monday tuesday wednesday thursday friday saturday sunday",
     "size": "small big young thin tall tiny gentle funny lazy clever quiet happy",
     "state": "new old heavy strong good cheap broken dusty",
+    "object": "shovel knife pencil broom hammer spoon ladder phone basket lamp rope bucket pillow camera blanket jar",
     "time": "morning afternoon evening night",
     "weather": "sunny rainy windy cloudy cold stormy foggy warm",
 }
@@ -50,20 +49,19 @@ CHOICES: dict[str, tuple[Filler, ...]] = {
     ),
     "animal": tuple(Animal(*entry.split()) for entry in ANIMALS.split(", ")),
     "place": tuple(Place(*entry.split()) for entry in PLACES.split(", ")),
-    "tool": tuple(Tool(*entry.split()) for entry in TOOLS.split(", ")),
     **{slot: tuple(words.split()) for slot, words in PLAIN.items()},
 }
 # The forms of the first two sentences.
 BEGINNINGS = (
     (
-        "one {time} {person.name} took {person.their} {state} {tool.name} to the {place.name}.",
-        "on {day} {person.name} went to the {place.name} with {person.their} {state} {tool.name}.",
-        "on a {weather} day {person.name} brought a {tool.name} to the {place.name}.",
+        "one {time} {person.name} took {person.their} {state} {object} to the {place.name}.",
+        "on {day} {person.name} went to the {place.name} with {person.their} {state} {object}.",
+        "on a {weather} day {person.name} brought a {object} to the {place.name}.",
     ),
     (
         "at the {place.name} {person.they} met a {size} {color} {animal.name}.",
-        "near the {place.name} a {color} {animal.name} looked at the {tool.name}.",
-        "{person.they} showed the {tool.name} to a {size} {animal.name} there.",
+        "near the {place.name} a {color} {animal.name} looked at the {object}.",
+        "{person.they} showed the {object} to a {size} {animal.name} there.",
     ),
 )
 # The forms of the next two sentences, by the fact they tell; they name what the fact is about.
@@ -80,10 +78,6 @@ TELLINGS = {
         "the {animal.name} ran to the {place.seen} at the {place.name}.",
         "at the {place.name} there were many {place.seen}.",
     ),
-    "tool.use": (
-        "the {animal.name} watched {person.them} {tool.use} with the {tool.name}.",
-        "{person.they} took the {tool.name} and began to {tool.use}.",
-    ),
 }
 # The forms of the last sentence, by the fact it tells; they don't, so that the context must be understood.
 ENDINGS = {
@@ -98,10 +92,6 @@ ENDINGS = {
     "place.seen": (
         "from here {person.they} could see many different {place.seen}.",
         "everywhere around were {place.seen} to look at.",
-    ),
-    "tool.use": (
-        "before dark {person.they} began to {tool.use} for an hour.",
-        "{person.name} wanted to {tool.use} until the sun went down.",
     ),
 }
 HELD_OUT_DIVISOR = 8  # one (animal, place) pair in so many never occurs in training
@@ -191,8 +181,8 @@ class World:
         """Draws mirrored couples of cloze items: two contexts that share two endings crosswise.
 
         Whoever ignores the context prefers the same ending in both items and is right in exactly one of them.
-        In a "story" couple the two stories differ in the animal, place or tool that the ending follows from,
-        and the endings in one word. In a "topic" couple they share none of person, animal, place, tool.
+        In a "story" couple the two stories differ in the animal or place that the ending follows from,
+        and the endings in one word. In a "topic" couple they share none of person, animal, place, object.
 
         Args:
             seed: Seed of the set.
@@ -224,14 +214,14 @@ class World:
         return items
 
     def _changed(self, story: Story, rng: random.Random) -> Story:
-        """Returns the same story with another animal, place or tool: the one its ending follows from."""
+        """Returns the same story with another animal or place: the one its ending follows from."""
         slot = story.ending_fact.split(".")[0]
         others = [option for option in CHOICES[slot] if option != story.choices[slot]]
         return replace(story, choices={**story.choices, slot: rng.choice(others)})
 
     def _unrelated(self, story: Story, rng: random.Random) -> Story:
-        """Returns a story with another person, animal, place and tool."""
-        deciding = ("person", "animal", "place", "tool")
+        """Returns a story with another person, animal, place and object."""
+        deciding = ("person", "animal", "place", "object")
         other = self.story(rng)
         while any(other.choices[slot] == story.choices[slot] for slot in deciding):
             other = self.story(rng)

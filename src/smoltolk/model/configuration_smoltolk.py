@@ -199,22 +199,29 @@ class SmolTolkConfig(PreTrainedConfig):
         """Layers of all three stacks: backbone, output adapter, input adapter (their order in a cache)."""
         return self.lm_config.num_hidden_layers + self.num_output_adapter_layers + self.num_input_adapter_layers
 
-    def stack_config(self) -> PreTrainedConfig:
-        """The backbone's configuration stretched over everything a cache holds.
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The backbone's configuration stretched over everything a cache holds; `generate` sizes its cache by it.
 
         Its layers are the backbone's, the output adapter's, the input adapter's, and one more that keeps
-        which of the seen tokens are speech. Adapter layers are built from it, and `generate` sizes its
-        cache by it.
+        which of the seen tokens are speech. Those that are not the backbone's attend to everything, also
+        where the backbone's look no further than a window.
         """
         config = copy.deepcopy(self.lm_config)
-        config.num_hidden_layers = self.num_hidden_layers + 1
-        if getattr(config, "layer_types", None) is not None:
-            config.layer_types = [*config.layer_types] + ["full_attention"] * (
-                config.num_hidden_layers - len(config.layer_types)
-            )
+        num_more = self.num_hidden_layers + 1 - config.num_hidden_layers
+        config.num_hidden_layers += num_more
         config.vocab_size = self.vocab_size
+        layer_types = getattr(config, "layer_types", None)
+        if layer_types is None and getattr(config, "sliding_window", None) is not None:
+            layer_types = ["sliding_attention"] * self.lm_config.num_hidden_layers
+        if layer_types is not None:
+            config.layer_types = [*layer_types, *["full_attention"] * num_more]
+        if getattr(config, "no_rope_layers", None) is not None:
+            config.no_rope_layers = [*config.no_rope_layers, *[1] * num_more]  # 1: with rotary positions
         return config
 
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """What `generate` sizes its cache by, see `stack_config`."""
-        return self.stack_config()
+    def adapter_config(self) -> PreTrainedConfig:
+        """What adapter layers are built from: `get_text_config`, without a window for families that have only one."""
+        config = self.get_text_config()
+        if getattr(self.lm_config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+            config.sliding_window = None
+        return config

@@ -14,9 +14,11 @@ text embeddings e_t           unit embeddings e_t ──────────
                text logits                    unit head → speech logits
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,7 +39,22 @@ from transformers.utils import ModelOutput
 
 from .configuration_smoltolk import SmolTolkConfig
 
-SUPPORTED_BACKBONES = ("llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
+SUPPORTED_BACKBONES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+LOGITS_PER_CHUNK = 2**24  # of the text head, in training: 64 MiB in float32
 
 
 @dataclass
@@ -71,18 +88,34 @@ class Adapter(nn.Module):
     """A stack of decoder layers of the backbone's own class, causal, without a final norm.
 
     Args:
-        layer_class: class of the backbone's decoder layers.
-        config: the backbone's configuration stretched over all stacks (`SmolTolkConfig.stack_config`).
+        body: the backbone, whose classes of decoder layers and rotary positions it takes.
+        config: what they are built from (`SmolTolkConfig.adapter_config`).
         first_layer: index of the first layer in the shared cache.
         num_layers: how many layers; none makes the adapter the identity.
     """
 
-    def __init__(self, layer_class: Any, config: Any, first_layer: int, num_layers: int) -> None:
+    def __init__(self, body: Any, config: PreTrainedConfig, first_layer: int, num_layers: int) -> None:
         super().__init__()
+        layer_class, rotary_class = type(body.layers[0]), type(body.rotary_emb)
+        self.config = config
         self.layers = nn.ModuleList(layer_class(config, first_layer + i) for i in range(num_layers))
+        self.rotary_emb = rotary_class(config) if num_layers else None
+        # Some families name the cache or part their rotary positions by the kind of attention.
+        takes_layer_past = "layer_past" in inspect.signature(layer_class.forward).parameters
+        self.cache_argument = "layer_past" if takes_layer_past else "past_key_values"
+        takes_layer_type = "layer_type" in inspect.signature(rotary_class.forward).parameters
+        self.rotary_arguments = {"layer_type": "full_attention"} if takes_layer_type else {}
 
-    def forward(self, hidden: Tensor, **attention: Any) -> Tensor:
-        """(batch, seq, dim) → (batch, seq, dim); `attention` is what the backbone's layers take."""
+    def forward(self, hidden: Tensor, attention_mask: Any, position_ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """(batch, seq, dim) → (batch, seq, dim); the mask is what the configured attention takes."""
+        if self.rotary_emb is None:
+            return hidden
+        attention = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(hidden, position_ids, **self.rotary_arguments),
+            self.cache_argument: cache,
+        }
         for layer in self.layers:
             hidden = first(layer(hidden, **attention))
         return hidden
@@ -149,21 +182,27 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         check_backbone(config.lm_config)
         self.ids = config.ids
         self.lm = AutoModelForCausalLM.from_config(config.lm_config)
-        layer_class = type(self.body.layers[0])
-        self.stack_config = stack = config.stack_config()
-        stack._attn_implementation = self.lm.config._attn_implementation
         num_layers = config.lm_config.num_hidden_layers
         num_in, num_out = config.num_input_adapter_layers, config.num_output_adapter_layers
 
         self.control_embeddings = nn.Embedding(3, config.hidden_size)  # bop, eop, switch
         self.unit_embeddings = nn.Embedding(self.ids.num_speech_tokens, config.hidden_size)
-        self.input_adapter = Adapter(layer_class, stack, num_layers + num_out, num_in)
+        self.input_adapter = Adapter(self.body, config.adapter_config(), num_layers + num_out, num_in)
         self.layer_selector = LayerSelector(config)
-        self.output_adapter = Adapter(layer_class, stack, num_layers, num_out)
-        self.output_norm = type(self.body.norm)(config.hidden_size) if config.output_adapter_norm else None
+        self.output_adapter = Adapter(self.body, config.adapter_config(), num_layers, num_out)
+        self.output_norm = None
+        if config.output_adapter_norm:
+            final_norm = getattr(self.body, "norm", None) or self.body.final_layer_norm
+            self.output_norm = type(final_norm)(config.hidden_size)
         self.unit_head = None  # tied to the unit embeddings
         if not config.tie_speech_embeddings:
             self.unit_head = nn.Linear(config.hidden_size, self.ids.num_speech_tokens, bias=False)
+        # How the family scales embeddings, in their table or in the body, and logits.
+        self.embedding_scale = getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0)
+        self.body_scale = getattr(self.body, "embedding_multiplier", 1.0)
+        self.logits_scale = 1 / getattr(config.lm_config, "logits_scaling", 1.0)
+        self.logits_cap = getattr(config.lm_config, "final_logit_softcapping", None)
+        self._share_attn_implementation()
         self.post_init()
 
     @classmethod
@@ -203,7 +242,23 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """As in transformers, and for the adapters too."""
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
-        self.stack_config._attn_implementation = self.lm.config._attn_implementation
+        self._share_attn_implementation()
+
+    def _share_attn_implementation(self) -> None:
+        """Gives the adapters the backbone's kind of attention."""
+        kind = self.lm.config._attn_implementation
+        self.output_adapter.config._attn_implementation = kind
+        # The input adapter's segments need padding at most, which SDPA is as quick with as any other.
+        needs_eager = kind == "eager" or not self.lm._supports_sdpa
+        self.input_adapter.config._attn_implementation = "eager" if needs_eager else "sdpa"
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compiles every decoder layer of the backbone and the adapters, in place (`torch.compile`'s options).
+
+        Layers of a stack share their code, so that each is compiled once, and quickly.
+        """
+        for layer in chain(self.body.layers, self.output_adapter.layers, self.input_adapter.layers):
+            layer.compile(**options)
 
     def forward(
         self,
@@ -243,19 +298,25 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: ids out of range, or a sequence longer than the backbone's positions.
         """
         self._check_ids(input_ids)
-        if use_cache and past_key_values is None:
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
+        elif use_cache:
             past_key_values = DynamicCache(config=self.config.get_text_config())
         num_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         self._check_length(num_seen + input_ids.shape[1])
+        is_first = torch.zeros_like(input_ids, dtype=torch.bool)  # of a document, in a row that packs several
         if position_ids is None:
             position_ids = default_positions(input_ids, attention_mask, num_seen)
+        else:
+            is_first[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
         is_real = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None and attention_mask.ndim == 2:
+            self._check_mask(attention_mask)
             is_real = attention_mask[:, -input_ids.shape[1] :].bool()
         is_speech = (input_ids >= self.ids.speech_offset) & is_real
 
         embeds = self._embed(input_ids)  # (batch, seq, dim)
-        fused = self._fuse(embeds, is_speech, past_key_values)
+        fused = self._fuse(embeds, is_speech, is_first, past_key_values)
         wants_logits = return_logits or (return_logits is None and labels is None)
         rows: Tensor | slice = slice(None)  # the rows that the output adapter runs on
         if labels is not None and not wants_logits and past_key_values is None:
@@ -264,7 +325,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         causal = self._causal(embeds, attention_mask, position_ids, past_key_values, rows)
         with layer_outputs(self.body.layers) as levels:
             last = self.body(
-                inputs_embeds=fused,
+                inputs_embeds=fused if self.body_scale == 1 else fused / self.body_scale,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -281,6 +342,9 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
         output = SmolTolkOutput(layer_weights=layer_weights, past_key_values=past_key_values)
         if labels is not None:
+            # Neither padding nor another document predicts a token.
+            can_predict = is_real[:, :-1] & is_real[:, 1:] & ~is_first[:, 1:]
+            labels = F.pad(labels[:, 1:].masked_fill(~can_predict, -100), (1, 0), value=-100)
             losses = self._add_losses(output, last, speech, labels, rows, is_real, num_items_in_batch)
             if return_label_losses:
                 output.label_losses = losses
@@ -296,43 +360,43 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         embeds = self.lm.get_input_embeddings()(input_ids.clamp(max=ids.text_vocab_size - 1))
         control = self.control_embeddings((input_ids - ids.text_vocab_size).clamp(0, 2))
         units = self.unit_embeddings((input_ids - ids.speech_offset).clamp(min=0))
+        if self.embedding_scale != 1:
+            control, units = self.embedding_scale * control, self.embedding_scale * units
         embeds = torch.where((input_ids >= ids.text_vocab_size)[..., None], control.to(embeds.dtype), embeds)
-        return torch.where((input_ids >= ids.speech_offset)[..., None], units.to(embeds.dtype), embeds)
+        embeds = torch.where((input_ids >= ids.speech_offset)[..., None], units.to(embeds.dtype), embeds)
+        return embeds if self.body_scale == 1 else embeds * self.body_scale
 
-    def _fuse(self, embeds: Tensor, is_speech: Tensor, cache: Cache | None) -> Tensor:
+    def _fuse(self, embeds: Tensor, is_speech: Tensor, is_first: Tensor, cache: Cache | None) -> Tensor:
         """Late fusion: speech goes through the input adapter, segment by segment; all else passes by."""
         if not len(self.input_adapter.layers):
             return embeds
         if cache is None:
-            return self._fuse_packed(embeds, is_speech)
+            return self._fuse_packed(embeds, is_speech, is_first)
         return self._fuse_cached(embeds, is_speech, cache)
 
-    def _fuse_packed(self, embeds: Tensor, is_speech: Tensor) -> Tensor:
+    def _fuse_packed(self, embeds: Tensor, is_speech: Tensor, is_first: Tensor) -> Tensor:
         """Runs the adapter on speech positions only, segments of like length side by side."""
         flat, fused = embeds.flatten(0, 1), embeds.flatten(0, 1).clone()  # (batch · seq, dim)
-        segments = speech_segments(is_speech)
+        segments = speech_segments(is_speech, is_first)
         for start, length, longest in segments:  # (segments,), (segments,), int
             offset = torch.arange(longest, device=embeds.device)
             inside = offset < length[:, None]  # (segments, longest)
             position = (start[:, None] + offset).clamp(max=len(flat) - 1)
             composed = self.input_adapter(
                 flat[position],
-                attention_mask=mask_for(self.stack_config, offset <= offset[:, None], embeds.dtype),
-                position_ids=offset[None],
-                position_embeddings=self.body.rotary_emb(flat, offset[None]),
+                mask_for(self.input_adapter.config, offset <= offset[:, None], embeds.dtype),
+                offset[None],
             )
             fused = fused.index_put((position[inside],), composed[inside].to(fused.dtype))
         if not segments and self.training:  # every parameter keeps a gradient, also in a batch of text alone
             zero = torch.zeros(1, 1, dtype=torch.long, device=embeds.device)
-            rotary = self.body.rotary_emb(flat, zero)
-            dummy = self.input_adapter(flat[None, :1], position_ids=zero, position_embeddings=rotary)
-            fused = fused + 0.0 * dummy.sum()
+            fused = fused + 0.0 * self.input_adapter(flat[None, :1], None, zero).sum()
         return fused.view_as(embeds)
 
     def _fuse_cached(self, embeds: Tensor, is_speech: Tensor, cache: Cache) -> Tensor:
         """The same with a cache: its last layer remembers which tokens are speech, hence all segments."""
         memory = self.config.num_hidden_layers
-        num_seen = cache.get_seq_length(memory)
+        num_seen = cache.get_seq_length(memory) + 0  # a static cache counts in place
         now = is_speech[:, None, :, None].to(embeds.dtype)
         seen = cache.update(now, now, memory)[0][:, 0, :, 0] > 0.5  # (batch, seen + seq)
         index = torch.arange(seen.shape[1], device=embeds.device)
@@ -344,11 +408,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         reaches = (reaches | (index == query[:, None]))[:, None]  # (batch, 1, seq, seen + seq)
         positions = query - begin_of_query
         composed = self.input_adapter(
-            embeds,
-            attention_mask=mask_for(self.stack_config, reaches, embeds.dtype),
-            position_ids=positions,
-            position_embeddings=self.body.rotary_emb(embeds, positions),
-            past_key_values=cache,
+            embeds, mask_for(self.input_adapter.config, reaches, embeds.dtype), positions, cache
         )
         return torch.where(is_speech[..., None], composed.to(embeds.dtype), embeds)
 
@@ -369,8 +429,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         return {
             "attention_mask": create_causal_mask(self.lm.config, embeds, attention_mask, cache, position_ids),
             "position_ids": position_ids,
-            "position_embeddings": self.body.rotary_emb(embeds, position_ids),
-            "past_key_values": cache,
+            "cache": cache,
         }
 
     def _rows_with_unit_labels(self, labels: Tensor) -> Tensor:
@@ -386,11 +445,15 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.cat([text_logits, control, speech_logits.to(text_logits.dtype)], dim=-1)
 
     def _text_head(self, last: Tensor) -> Tensor:
-        return self.lm.get_output_embeddings()(last)
+        logits = self.lm.get_output_embeddings()(last) * self.logits_scale
+        return logits if self.logits_cap is None else self.logits_cap * torch.tanh(logits / self.logits_cap)
+
+    @property
+    def _unit_weight(self) -> Tensor:
+        return self.unit_embeddings.weight if self.unit_head is None else self.unit_head.weight
 
     def _speech_head(self, speech: Tensor) -> Tensor:
-        weight = self.unit_embeddings.weight if self.unit_head is None else self.unit_head.weight
-        return F.linear(speech.to(weight.dtype), weight)
+        return F.linear(speech.to(self._unit_weight.dtype), self._unit_weight)
 
     def _add_losses(
         self,
@@ -410,12 +473,17 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         target = labels[:, 1:]
         is_text = (target >= 0) & (target < self.ids.text_vocab_size)
         is_unit = target >= self.ids.speech_offset
-        # Heads run on labelled rows only: an empty choice still gives every parameter a gradient (of zero).
-        text_logits = self._text_head(last[:, :-1][is_text])
-        unit_logits = self._speech_head(speech[:, :-1][is_unit[rows]])
-        text_losses = F.cross_entropy(text_logits.float(), target[is_text], reduction="none")
-        unit_losses = F.cross_entropy(unit_logits.float(), target[is_unit] - self.ids.speech_offset, reduction="none")
-        text_sum, unit_sum = text_losses.sum(), unit_losses.sum()
+        # Heads run on labelled positions only: an empty choice still gives every parameter a gradient (of zero).
+        text_sum, text_losses = head_loss(
+            last[:, :-1][is_text],
+            self.lm.get_output_embeddings().weight,
+            target[is_text],
+            scale=self.logits_scale,
+            cap=self.logits_cap,
+        )
+        unit_sum, unit_losses = head_loss(
+            speech[:, :-1][is_unit[rows]], self._unit_weight, target[is_unit] - self.ids.speech_offset
+        )
         num_text, num_units = is_text.sum(), is_unit.sum()
         num_labels = (num_text + num_units).clamp(min=1)
         if num_items_in_batch is None:
@@ -444,6 +512,31 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
                 "check that the units come from the tokenizer of this model"
             )
 
+    def _check_cache(self, cache: Cache) -> None:
+        if not cache.get_seq_length():
+            return
+        memory = self.config.num_hidden_layers
+        fits = memory <= len(cache.layers) <= memory + 1
+        if fits and len(self.input_adapter.layers):
+            keys = getattr(cache.layers[-1], "keys", None) if len(cache.layers) > memory else None
+            fits = keys is not None and keys.shape[1] == keys.shape[3] == 1
+        if not fits:
+            raise ValueError(
+                f"past_key_values has {len(cache.layers)} layers and comes from another model: this one fills "
+                f"{memory} layers and one that remembers which tokens are speech; start from its own cache"
+            )
+
+    def _check_mask(self, attention_mask: Tensor) -> None:
+        if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        rises = F.pad(attention_mask.bool(), (1, 0))
+        holed = (~rises[:, :-1] & rises[:, 1:]).sum(1) > 1
+        if holed.any():
+            raise ValueError(
+                f"attention_mask has a hole in row {int(holed.nonzero()[0])}: the ones of a row must be next to "
+                "each other; leave the token out, or pad at the ends"
+            )
+
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens > self.config.max_position_embeddings:
             raise ValueError(
@@ -453,7 +546,10 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        if isinstance(module, nn.Linear | nn.Embedding | LayerSelector | SmolTolkForCausalLM):
+            super()._init_weights(module)
+        else:  # norms and rotary positions as the backbone's family has them
+            self.lm._init_weights(module)
         if isinstance(module, LayerSelector) and hasattr(module, "static_logits"):
             init.normal_(module.static_logits, mean=0.0, std=0.01)
 
@@ -466,8 +562,8 @@ def check_backbone(lm_config: Any) -> None:
     """
     if getattr(lm_config, "is_encoder_decoder", False) or lm_config.model_type not in SUPPORTED_BACKBONES:
         raise ValueError(
-            f"the backbone is of type {lm_config.model_type!r}: SmolTolk builds on decoder-only LMs of the "
-            f"Llama kind, one of {', '.join(SUPPORTED_BACKBONES)}"
+            f"the backbone is of type {lm_config.model_type!r}: SmolTolk builds on decoder-only LMs with rotary "
+            f"positions, one of {', '.join(SUPPORTED_BACKBONES)}"
         )
 
 
@@ -487,6 +583,81 @@ def mix(levels: Sequence[Tensor], weights: Tensor) -> Tensor:
     return mixed
 
 
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy under a linear head, in chunks of rows: neither logits nor their gradient are ever held whole.
+
+    The gradient is made in the forward pass, while a chunk's logits are there, and scaled in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        scale: float,
+        cap: float | None,
+        needs_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(rows, dim), (vocab, dim), (rows,) → summed loss (), losses (rows,), both float32."""
+        losses = torch.empty(len(hidden), device=hidden.device)
+        needs_hidden, needs_weight = (needed and needs_gradient for needed in ctx.needs_input_grad[:2])
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        rows_per_chunk = max(1, LOGITS_PER_CHUNK // len(weight))
+        for start in range(0, len(hidden), rows_per_chunk):
+            chunk = slice(start, start + rows_per_chunk)
+            logits = F.linear(hidden[chunk].to(weight.dtype), weight).float()  # (chunk, vocab)
+            logits *= scale
+            if cap is not None:
+                logits = cap * torch.tanh(logits / cap)
+            picked = logits.gather(1, target[chunk, None])[:, 0]
+            total = logits.logsumexp(1)
+            losses[chunk] = total - picked
+            if not needs_hidden and not needs_weight:
+                continue
+            slope = scale if cap is None else scale * (1 - (logits / cap).square())
+            gradient = logits.sub_(total[:, None]).exp_()  # softmax, (chunk, vocab)
+            gradient.scatter_add_(1, target[chunk, None], gradient.new_full((len(gradient), 1), -1.0))
+            gradient = (gradient * slope).to(weight.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[chunk] = (gradient @ weight).to(hidden.dtype)
+            if weight_gradient is not None:
+                weight_gradient += gradient.T @ hidden[chunk].to(weight.dtype)
+        ctx.gradients = (
+            hidden_gradient,
+            None if weight_gradient is None else weight_gradient.to(weight.dtype),
+        )
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, sum_gradient: Tensor, losses_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales the gradient of the forward pass, in place: it can be taken once."""
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of this loss was taken before: call the model again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if g is None else g.mul_(sum_gradient.to(g.dtype)) for g in gradients), *[None] * 4)
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, scale: float = 1.0, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of targets under a linear head whose logits are scaled, then capped softly.
+
+    Args:
+        hidden: what the head reads, (rows, dim).
+        weight: the head's weight, (vocab, dim).
+        target: ids, (rows,).
+        scale: factor of the logits.
+        cap: bound of the logits, reached through tanh.
+
+    Returns:
+        Summed loss (), and each row's own (rows,) without gradient; float32.
+    """
+    return HeadLoss.apply(hidden, weight, target, scale, cap, torch.is_grad_enabled())
+
+
 def mean_entropy(weights: Tensor, is_real: Tensor) -> Tensor:
     """Mean entropy in nats of distributions (batch, seq, L) over the real positions (batch, seq)."""
     entropy = torch.special.entr(weights).sum(-1)
@@ -501,16 +672,21 @@ def default_positions(input_ids: Tensor, attention_mask: Tensor | None, num_seen
     return torch.arange(num_seen, num_seen + length, device=input_ids.device)[None]
 
 
-def speech_segments(is_speech: Tensor) -> list[tuple[Tensor, Tensor, int]]:
+def speech_segments(is_speech: Tensor, is_first: Tensor) -> list[tuple[Tensor, Tensor, int]]:
     """Maximal runs of speech in (batch, seq), grouped by like length.
+
+    Args:
+        is_speech: which positions are speech, (batch, seq).
+        is_first: where a document begins within a row, (batch, seq); a run ends before it.
 
     Returns:
         Groups of (start in the flattened batch, length, longest length): padding a group to its longest
         segment at most doubles it, and groups shorter than 32 are one.
     """
     padded = F.pad(is_speech, (1, 1))
-    rises = (padded[:, 1:-1] & ~padded[:, :-2]).flatten().nonzero()[:, 0]  # first positions
-    falls = (padded[:, 1:-1] & ~padded[:, 2:]).flatten().nonzero()[:, 0]  # last positions
+    begins, ends = is_first | ~padded[:, :-2], F.pad(is_first[:, 1:], (0, 1)) | ~padded[:, 2:]
+    rises = (is_speech & begins).flatten().nonzero()[:, 0]  # first positions
+    falls = (is_speech & ends).flatten().nonzero()[:, 0]  # last positions
     lengths = falls - rises + 1
     groups = []
     limit, covered = 32, 0

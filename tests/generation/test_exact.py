@@ -1,0 +1,138 @@
+"""Every way of decoding gives what the uncached forward gives."""
+
+import pytest
+import torch
+from tests.conftest import mixed_ids, tiny_lm_config, tiny_model
+from tests.model.test_backbones import family_model
+from transformers import DynamicCache, LogitsProcessorList
+
+from smoltolk.generation.sampling import ModalityLogitsProcessor
+
+BACKBONES = ("llama", "gemma3_text, mixed", "gpt_neox", "granite", "mistral, window", "olmo3", "qwen2, window")
+every_backbone = pytest.mark.parametrize("family", BACKBONES)
+NEW = 12
+
+
+def prompts(model, padded=True):
+    """Three rows that end in text, in speech and in a switch, padded on the left; with their mask."""
+    ids = model.ids
+    rows = [mixed_ids(seed=s, ids=ids, batch=1, seq=n)[0].tolist() for s, n in enumerate((20, 13, 17))]
+    rows[0][-3:] = [5, 6, 7] if rows[0][-4] < ids.text_vocab_size else [ids.switch_id, 6, 7]
+    rows[1][-4:] = [7, ids.switch_id, ids.speech_offset + 3, ids.speech_offset + 4]
+    rows[2][-3:] = [ids.speech_offset + 1, ids.speech_offset + 4, ids.switch_id]
+    if not padded:
+        return [torch.tensor([row]) for row in rows]
+    length = max(map(len, rows))
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return torch.tensor([[0] * (length - len(row)) + row for row in rows]), mask
+
+
+def generate(model, ids, mask=None, **settings):
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        **{
+            "max_new_tokens": NEW,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+            "logits_processor": LogitsProcessorList([ModalityLogitsProcessor(model.ids)]),
+            **settings,
+        },
+    )
+
+
+def uncached(model, ids, **settings):
+    """Each row alone, with a full forward at every step."""
+    return torch.cat([generate(model, row, use_cache=False, **settings)[:, row.shape[1] :] for row in ids])
+
+
+@every_backbone
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_greedy_decoding_of_a_padded_batch_equals_each_row_alone_without_a_cache(family, settings):
+    model = family_model(family)
+    ids, mask = prompts(model)
+    with torch.no_grad():
+        found = generate(model, ids, mask, disable_compile=True, **settings)[:, ids.shape[1] :]
+    assert found.tolist() == uncached(model, prompts(model, padded=False)).tolist()
+    assert (found[1:2] >= model.ids.speech_offset).all()
+    assert (found[[0, 2]] < model.ids.text_vocab_size).all()
+
+
+@every_backbone
+def test_a_prompt_read_in_chunks_gives_the_same(family):
+    model = family_model(family)
+    ids, mask = prompts(model)
+    assert torch.equal(generate(model, ids, mask, prefill_chunk_size=4), generate(model, ids, mask))
+
+
+@every_backbone
+def test_sampling_and_several_sequences_do_not_depend_on_the_cache(family):
+    model = family_model(family)
+    ids, mask = prompts(model)
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        found.append(generate(model, ids, mask, do_sample=True, num_return_sequences=3, use_cache=use_cache))
+    assert torch.equal(*found)
+    assert len(found[0]) == 9
+    assert len({tuple(row) for row in found[0].tolist()}) == 9
+
+
+@every_backbone
+def test_beams_do_not_depend_on_the_cache(family):
+    model = family_model(family)
+    ids, mask = prompts(model)
+    settings = {"num_beams": 3, "num_return_sequences": 2}
+    cached = generate(model, ids, mask, **settings)
+    assert torch.equal(cached, generate(model, ids, mask, use_cache=False, **settings))
+    assert not torch.equal(cached[::2], generate(model, ids, mask))  # beams that differ from greedy
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "granite"])
+def test_prompt_lookup_gives_the_greedy_answer(family):
+    model = family_model(family)
+    for row in prompts(model, padded=False):
+        row = torch.cat([row[:, -9:], row, row], 1)  # something to look up
+        expected = generate(model, row, use_cache=False)
+        assert torch.equal(generate(model, row, prompt_lookup_num_tokens=3), expected)
+
+
+@every_backbone
+def test_a_returned_cache_goes_on_in_the_next_turn(family):
+    model = family_model(family)
+    (ids, *_) = prompts(model, padded=False)
+    first = generate(model, ids, return_dict_in_generate=True)
+    turn = torch.tensor([[model.ids.switch_id, model.ids.speech_offset + 5, model.ids.speech_offset + 2]])
+    ids = torch.cat([first.sequences, turn], 1)
+    second = generate(model, ids, past_key_values=first.past_key_values)
+    assert torch.equal(second, generate(model, ids, use_cache=False))
+
+
+def test_decoding_across_switches_equals_the_full_forward():
+    model = tiny_model()
+    ids = mixed_ids(ids=model.ids, batch=2, seq=60)
+    cache = DynamicCache()  # one that knows nothing of the model
+    with torch.no_grad():
+        full = model(ids).logits
+        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(60)]
+    torch.testing.assert_close(torch.cat(steps, 1), full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapters", [(0, 0), (0, 1), (1, 0)])
+def test_a_static_cache_serves_models_without_an_adapter_too(adapters):
+    model = tiny_model(num_input_adapter_layers=adapters[0], num_output_adapter_layers=adapters[1])
+    ids, mask = prompts(model)
+    static = generate(model, ids, mask, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, generate(model, ids, mask))
+
+
+def test_a_cache_of_another_model_is_refused():
+    small, large = tiny_model(), tiny_model(lm_config=tiny_lm_config(num_hidden_layers=5))
+    ids = mixed_ids(ids=small.ids)
+    cache = small(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values has 8 layers and comes from another model"):
+        large(ids[:, :1], past_key_values=cache)
+    bare = small.lm(ids.clamp(max=9), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values has 3 layers and comes from another model"):
+        small(ids[:, :1], past_key_values=bare)
