@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.conftest import mixed_ids, tiny_lm_config, tiny_model
 from tests.model.test_backbones import family_model
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import CompileConfig, DynamicCache, LogitsProcessorList
 
 from smoltolk.generation.sampling import ModalityLogitsProcessor
 
@@ -59,6 +59,16 @@ def test_greedy_decoding_of_a_padded_batch_equals_each_row_alone_without_a_cache
     assert (found[[0, 2]] < model.ids.text_vocab_size).all()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text, mixed"])
+def test_a_step_with_a_static_cache_compiles_as_one_graph_and_gives_the_same(family):
+    model = family_model(family)
+    ids, mask = prompts(model)
+    config = CompileConfig(backend="eager", fullgraph=True, mode="default")
+    config._compile_all_devices = True  # by default only accelerators compile
+    compiled = generate(model, ids, mask, cache_implementation="static", compile_config=config)
+    assert torch.equal(compiled, generate(model, ids, mask))
+
+
 @every_backbone
 def test_a_prompt_read_in_chunks_gives_the_same(family):
     model = family_model(family)
@@ -73,7 +83,8 @@ def test_sampling_and_several_sequences_do_not_depend_on_the_cache(family):
     found = []
     for use_cache in (True, False):
         torch.manual_seed(3)
-        found.append(generate(model, ids, mask, do_sample=True, num_return_sequences=3, use_cache=use_cache))
+        sampling = {"do_sample": True, "temperature": 5.0, "num_return_sequences": 3}
+        found.append(generate(model, ids, mask, use_cache=use_cache, **sampling))
     assert torch.equal(*found)
     assert len(found[0]) == 9
     assert len({tuple(row) for row in found[0].tolist()}) == 9

@@ -16,7 +16,6 @@ text embeddings e_t           unit embeddings e_t ──────────
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -255,15 +254,15 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
     def compile_layers(self, **options: Any) -> None:
         """Compiles every decoder layer of the backbone and the adapters, in place (`torch.compile`'s options).
 
-        Layers of a stack share their code, so that each is compiled once, and quickly.
+        Layers of a stack share their code, so that it is compiled once. What reads their outputs stays outside.
         """
         for layer in chain(self.body.layers, self.output_adapter.layers, self.input_adapter.layers):
-            layer.compile(**options)
+            layer.forward = torch.compile(layer.forward, **options)
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         labels: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
@@ -280,7 +279,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: ids of the one id space, (batch, seq).
-            attention_mask: 1 for real tokens, 0 for padding, (batch, seen + seq); None for no padding.
+            attention_mask: 1 for real tokens, 0 for padding, (batch, seen + seq); None for no padding. Masks as
+                `generate` makes them for a static cache are taken too.
             labels: (batch, seq), Hugging Face convention: the ids themselves, −100 where nothing is to be
                 predicted; the shift happens inside. Control ids are never predicted, so labels at control
                 ids count as −100.
@@ -306,11 +306,17 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         self._check_length(num_seen + input_ids.shape[1])
         is_first = torch.zeros_like(input_ids, dtype=torch.bool)  # of a document, in a row that packs several
         if position_ids is None:
+            assert not isinstance(attention_mask, dict)
             position_ids = default_positions(input_ids, attention_mask, num_seen)
         else:
             is_first[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
         is_real = torch.ones_like(input_ids, dtype=torch.bool)
-        if attention_mask is not None and attention_mask.ndim == 2:
+        body_mask = attention_mask
+        if isinstance(attention_mask, dict):  # `generate` makes one for each kind of attention, with a static cache
+            has_kinds = getattr(self.config.lm_config, "layer_types", None) is not None
+            body_mask = attention_mask if has_kinds else attention_mask["sliding_attention"]
+            attention_mask = attention_mask["full_attention"]
+        elif attention_mask is not None and attention_mask.ndim == 2:
             self._check_mask(attention_mask)
             is_real = attention_mask[:, -input_ids.shape[1] :].bool()
         is_speech = (input_ids >= self.ids.speech_offset) & is_real
@@ -323,16 +329,16 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             rows = self._rows_with_unit_labels(labels)
         # The mask is made before the backbone puts this call's tokens into the cache.
         causal = self._causal(embeds, attention_mask, position_ids, past_key_values, rows)
-        with layer_outputs(self.body.layers) as levels:
-            last = self.body(
-                inputs_embeds=fused if self.body_scale == 1 else fused / self.body_scale,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
-                **kwargs,
-            ).last_hidden_state
-        levels[-1] = last  # h^L comes after the final norm
+        _, *levels = self.body(
+            inputs_embeds=fused if self.body_scale == 1 else fused / self.body_scale,
+            attention_mask=body_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            output_hidden_states=True,
+            **kwargs,
+        ).hidden_states
+        last = levels[-1]  # h^L comes after the final norm
 
         mixed, layer_weights = self.layer_selector(levels)
         speech = mixed + embeds if self.config.speech_residual else mixed
@@ -513,7 +519,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
     def _check_cache(self, cache: Cache) -> None:
-        if not cache.get_seq_length():
+        if torch.compiler.is_compiling() or not cache.get_seq_length():
             return
         memory = self.config.num_hidden_layers
         fits = memory <= len(cache.layers) <= memory + 1
@@ -538,6 +544,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
     def _check_length(self, num_tokens: int) -> None:
+        if isinstance(num_tokens, Tensor):  # a static cache counts on its device
+            return
         if num_tokens > self.config.max_position_embeddings:
             raise ValueError(
                 f"the sequence has {num_tokens} tokens, more than the backbone's max_position_embeddings "
@@ -707,15 +715,3 @@ def mask_for(config: PreTrainedConfig, reaches: Tensor, dtype: torch.dtype) -> T
     if config._attn_implementation == "sdpa":
         return None if reaches.ndim == 2 else reaches
     return torch.zeros_like(reaches, dtype=dtype).masked_fill(~reaches, torch.finfo(dtype).min)
-
-
-@contextmanager
-def layer_outputs(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Collects the outputs of decoder layers: equal to `output_hidden_states`, and friendly to compile."""
-    outputs: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, out: outputs.append(first(out))) for layer in layers]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
