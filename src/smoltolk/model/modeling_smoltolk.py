@@ -202,23 +202,40 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         self.logits_scale = 1 / getattr(config.lm_config, "logits_scaling", 1.0)
         self.logits_cap = getattr(config.lm_config, "final_logit_softcapping", None)
         self._share_attn_implementation()
+        self._keep_levels()
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, name_or_path: str, **settings: Any) -> "SmolTolkForCausalLM":
+    def from_backbone(
+        cls,
+        name_or_path: str,
+        *,
+        rope_theta: float | None = None,
+        max_position_embeddings: int | None = None,
+        **settings: Any,
+    ) -> "SmolTolkForCausalLM":
         """Puts new speech parts around a pretrained text LM.
 
         Args:
             name_or_path: the text LM, a folder or a hub name.
+            rope_theta: base of the rotary positions of all stacks, saved with the model; None for the LM's own.
+            max_position_embeddings: longest sequence, saved with the model; None for the LM's own.
             settings: fields of `SmolTolkConfig` other than `lm_config`.
 
         Raises:
             ValueError: the LM is not one of `SUPPORTED_BACKBONES`.
         """
-        check_backbone(AutoConfig.from_pretrained(name_or_path))
-        lm = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
+        lm_config = AutoConfig.from_pretrained(name_or_path)
+        check_backbone(lm_config)
+        if rope_theta is not None:
+            rope = lm_config.rope_parameters
+            rope.get("full_attention", rope)["rope_theta"] = rope_theta
+        if max_position_embeddings is not None:
+            lm_config.max_position_embeddings = max_position_embeddings
+        lm = AutoModelForCausalLM.from_pretrained(name_or_path, config=lm_config, dtype=torch.float32)
         model = cls(SmolTolkConfig(lm_config=lm.config, **settings))
         model.lm = lm
+        model._keep_levels()
         return model
 
     @property
@@ -250,6 +267,10 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         # The input adapter's segments need padding at most, which SDPA is as quick with as any other.
         needs_eager = kind == "eager" or not self.lm._supports_sdpa
         self.input_adapter.config._attn_implementation = "eager" if needs_eager else "sdpa"
+
+    def _keep_levels(self) -> None:
+        for layer in self.body.layers:
+            layer.register_forward_hook(keep_level, with_kwargs=True)
 
     def compile_layers(self, **options: Any) -> None:
         """Compiles every decoder layer of the backbone and the adapters, in place (`torch.compile`'s options).
@@ -297,7 +318,9 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: ids out of range, or a sequence longer than the backbone's positions.
         """
-        self._check_ids(input_ids)
+        self._check_ids("input_ids", input_ids, lowest=0)
+        if labels is not None:
+            self._check_ids("labels", labels, lowest=-100)
         if past_key_values is not None:
             self._check_cache(past_key_values)
         elif use_cache:
@@ -329,16 +352,17 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             rows = self._rows_with_unit_labels(labels)
         # The mask is made before the backbone puts this call's tokens into the cache.
         causal = self._causal(embeds, attention_mask, position_ids, past_key_values, rows)
-        _, *levels = self.body(
+        levels: list[Tensor] = []  # h¹ … h^L, see `keep_level`
+        last = self.body(
             inputs_embeds=fused if self.body_scale == 1 else fused / self.body_scale,
             attention_mask=body_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
-            output_hidden_states=True,
+            levels=levels,
             **kwargs,
-        ).hidden_states
-        last = levels[-1]  # h^L comes after the final norm
+        ).last_hidden_state
+        levels[-1] = last  # h^L comes after the final norm
 
         mixed, layer_weights = self.layer_selector(levels)
         speech = mixed + embeds if self.config.speech_residual else mixed
@@ -507,12 +531,12 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         losses = losses.masked_scatter(is_text, text_losses).masked_scatter(is_unit, unit_losses)
         return F.pad(losses, (1, 0))
 
-    def _check_ids(self, input_ids: Tensor) -> None:
-        if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    def _check_ids(self, name: str, ids: Tensor, lowest: int) -> None:
+        if ids.device.type != "cpu" or torch.compiler.is_compiling():
             return  # a look at the values would stall an accelerator, which raises by itself
-        if input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() < self.ids.vocab_size:
+        if ids.numel() and not lowest <= ids.min() <= ids.max() < self.ids.vocab_size:
             raise ValueError(
-                f"input_ids hold {int(input_ids.min())} … {int(input_ids.max())}, but the id space is "
+                f"{name} hold {int(ids.min())} … {int(ids.max())}, but the id space is "
                 f"0 … {self.ids.vocab_size - 1} ({self.ids.text_vocab_size} text tokens, 3 control ids, "
                 f"{self.ids.num_units} units and end-of-speech from {self.ids.speech_offset} on): "
                 "check that the units come from the tokenizer of this model"
@@ -578,6 +602,15 @@ def check_backbone(lm_config: Any) -> None:
 def first(output: Any) -> Tensor:
     """The hidden states of a decoder layer's output, which is a tensor or a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def keep_level(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the backbone's layers, which hand on what the body is called with: a list to collect levels in.
+
+    Unlike `output_hidden_states` it lets layers be compiled without graph breaks, and costs nothing.
+    """
+    if "levels" in kwargs:
+        kwargs["levels"].append(first(output))
 
 
 def mix(levels: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+"""The same numbers in every mode of training: packed, checkpointed, compiled, in low precision."""
+
+import copy
+
+import pytest
+import torch
+from tests.conftest import EARLY_FUSION, mixed_ids, tiny_lm_config, tiny_model
+from tests.model.test_backbones import family_model
+from torch._dynamo.testing import CompileCounter
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from smoltolk import SmolTolkForCausalLM
+
+FAMILIES = ("llama", "gemma3_text, mixed", "gpt_neox", "granite", "mistral, window", "olmo3", "qwen2, window")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def gradients(model, ids, **inputs):
+    model.zero_grad()
+    output = model(ids, labels=ids, **inputs)
+    output.loss.backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_equal_gradients(first, second, atol=1e-5):
+    for name, gradient in first.items():
+        torch.testing.assert_close(second[name], gradient, atol=atol, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@every_family
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_documents_equal_separate_ones(family, attention):
+    model = family_model(family, attention)
+    unit = model.ids.speech_offset
+    documents = [mixed_ids(seed=s, ids=model.ids, batch=1, seq=n) for s, n in enumerate((13, 7, 20))]
+    documents[0][0, -2:] = torch.tensor([unit + 1, unit + 2])  # speech at the end of one document
+    documents[1][0, :3] = torch.tensor([unit + 3, unit + 1, unit + 1])  # and at the beginning of the next
+    packed = torch.cat(documents, 1)
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    labels_in_all = sum(model(d, labels=d, return_logits=False).loss is not None for d in documents)
+    assert labels_in_all == 3
+    with torch.no_grad():
+        found = model(packed, position_ids=positions, labels=packed, return_logits=True, return_label_losses=True)
+        alone = [model(d, labels=d, return_logits=True, return_label_losses=True) for d in documents]
+    torch.testing.assert_close(found.logits, torch.cat([a.logits for a in alone], 1), atol=1e-4, rtol=1e-4)
+    losses = torch.cat([a.label_losses for a in alone], 1)
+    torch.testing.assert_close(found.label_losses, losses, atol=1e-4, rtol=1e-4)
+    num_labels = (losses > 0).sum()
+    torch.testing.assert_close(found.loss, losses.sum() / num_labels, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@every_family
+def test_gradient_checkpointing_changes_nothing(family):
+    model = family_model(family).train()
+    ids = mixed_ids(ids=model.ids)
+    _, expected = gradients(model, ids)
+    model.gradient_checkpointing_enable()
+    layers = (*model.body.layers, *model.input_adapter.layers, *model.output_adapter.layers)
+    assert all(layer.gradient_checkpointing for layer in layers)
+    _, found = gradients(model, ids)
+    assert_equal_gradients(expected, found)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("settings", [{}, EARLY_FUSION], ids=["smoltolk", "early fusion"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_layers_have_no_graph_breaks_and_change_nothing(settings, checkpointed):
+    torch.compiler.reset()
+    model = tiny_model(**settings).train()
+    ids = mixed_ids(ids=model.ids)
+    expected, expected_gradients = gradients(model, ids)
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    graphs = CompileCounter()
+    model.compile_layers(backend=graphs, fullgraph=True)
+    found, found_gradients = gradients(model, ids)
+    assert 1 <= graphs.frame_count <= 4  # not one for each of the layers, but for each kind of input
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert_equal_gradients(expected_gradients, found_gradients)
+
+
+def test_a_compiled_model_is_saved_under_the_same_names(tmp_path):
+    model = tiny_model()
+    ids = mixed_ids(ids=model.ids)
+    with torch.no_grad():
+        expected = model(ids).logits
+    model.compile_layers(backend="eager")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(SmolTolkForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_and_attention_reach_the_adapters_when_loading(tmp_path, dtype):
+    tiny_model().save_pretrained(tmp_path)
+    model = SmolTolkForCausalLM.from_pretrained(tmp_path, dtype=dtype, attn_implementation="eager")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    for adapter in (model.input_adapter, model.output_adapter):
+        assert adapter.config._attn_implementation == "eager"
+        assert all(layer.self_attn.config is adapter.config for layer in adapter.layers)
+    model.set_attn_implementation("sdpa")
+    assert model.input_adapter.config._attn_implementation == "sdpa"
+    assert model.output_adapter.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        logits = model(mixed_ids(ids=model.ids)).logits
+    assert logits.dtype == dtype
+    assert not logits.isnan().any()
+
+
+def test_a_longer_context_and_another_rope_theta_are_saved_and_work(tmp_path):
+    backbone = AutoModelForCausalLM.from_config(tiny_lm_config(max_position_embeddings=32))
+    backbone.save_pretrained(tmp_path / "backbone")
+    settings = {"rope_theta": 5e5, "max_position_embeddings": 64, "num_units": 20}
+    model = SmolTolkForCausalLM.from_backbone(str(tmp_path / "backbone"), **settings).eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = SmolTolkForCausalLM.from_pretrained(tmp_path / "model").eval()
+    plain = SmolTolkForCausalLM.from_backbone(str(tmp_path / "backbone"), num_units=20).eval()
+    missing = plain.load_state_dict(model.state_dict())
+    assert not missing.missing_keys
+    for one in (model, loaded):
+        assert one.config.max_position_embeddings == 64
+        assert one.config.lm_config.rope_parameters["rope_theta"] == 5e5
+        assert one.output_adapter.config.rope_parameters["rope_theta"] == 5e5
+    ids = mixed_ids(ids=model.ids, seq=64)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert not torch.allclose(model(ids[:, :30]).logits, plain(ids[:, :30]).logits)
+    with pytest.raises(ValueError, match="64 tokens, more than the backbone's max_position_embeddings of 32"):
+        plain(ids)
+
+
+def test_the_trainer_of_transformers_trains_it_with_the_loss_of_all_micro_batches(tmp_path):
+    model = tiny_model().train()
+    ids = mixed_ids(ids=model.ids, batch=4)
+    labels = ids.clone()
+    labels[0, 4:] = -100  # unequal numbers of labels
+    start = copy.deepcopy(model.state_dict())
+    rows = [{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
+    trained = []
+    for micro_batch in (4, 1):
+        model.load_state_dict(start)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=4 // micro_batch,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        trained.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert not torch.equal(trained[0]["unit_embeddings.weight"], start["unit_embeddings.weight"])
+    for name, parameter in trained[0].items():
+        torch.testing.assert_close(trained[1][name], parameter, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mask_with_a_hole_is_refused(model):
+    ids = mixed_ids(ids=model.ids)
+    mask = torch.ones_like(ids)
+    mask[1, 5] = 0
+    with pytest.raises(ValueError, match="attention_mask has a hole in row 1"):
+        model(ids, attention_mask=mask)
+
+
+def test_labels_of_no_id_are_refused(model):
+    ids = mixed_ids(ids=model.ids)
+    labels = ids.clone()
+    labels[0, 3] = model.ids.vocab_size
+    with pytest.raises(ValueError, match=r"labels hold .* id space"):
+        model(ids, labels=labels)
+
+
+def test_padding_neither_predicts_nor_is_predicted(model):
+    ids = mixed_ids(ids=model.ids, batch=1, seq=20)
+    padded = torch.nn.functional.pad(ids, (6, 3), value=1)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (6, 3))
+    with torch.no_grad():
+        expected, found = model(ids, labels=ids), model(padded, attention_mask=mask, labels=padded)
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
