@@ -42,17 +42,28 @@ def pipeline():
     return SmolTolkPipeline(tiny_model(speech_tokenizer=SPEECH_CARD), tiny_text_tokenizer(), ToneTokenizer())
 
 
+def prompt_that_ends_in(end, ids, seed=0, length=20):
+    row = mixed_ids(seed=seed, ids=ids, batch=1, seq=length)[0].tolist()
+    if row[-1] == ids.switch_id:
+        row.pop()
+    if end == "switch":
+        return [*row, ids.switch_id]
+    changes = (row[-1] >= ids.speech_offset) != (end == "speech")
+    return row + [ids.switch_id] * changes + [ids.speech_offset + 2 if end == "speech" else 5]
+
+
+def left_padded(rows):
+    length = max(map(len, rows))
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor([[0] * (length - len(row)) + row for row in rows]), torch.tensor(mask)
+
+
 @pytest.mark.parametrize("settings", [{}, EARLY_FUSION], ids=["smoltolk", "early fusion"])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("end", ["text", "speech", "switch"])
 def test_cached_generation_equals_uncached_in_batches_with_left_padding(settings, temperature, end):
     model = tiny_model(**settings)
-    last = {"text": 5, "speech": model.ids.speech_offset + 2, "switch": model.ids.switch_id}[end]
-    ids, mask = torch.zeros(3, 24, dtype=torch.long), torch.zeros(3, 24, dtype=torch.long)
-    for row, length in enumerate((23, 15, 9)):
-        ids[row, 24 - length - 1 : 23] = mixed_ids(seed=row, ids=model.ids, batch=1, seq=length)[0]
-        ids[row, 23] = last
-        mask[row, 24 - length - 1 :] = 1
+    ids, mask = left_padded([prompt_that_ends_in(end, model.ids, row, n) for row, n in enumerate((23, 15, 9))])
     sampling = {"max_new_tokens": 20, "min_new_tokens": 20, "temperature": temperature, "seed": 3}
     cached = continue_ids(model, ids, mask, **sampling)
     assert cached == continue_ids(model, ids, mask, **sampling, use_cache=False)

@@ -1,34 +1,98 @@
 """Steering `generate` through the one id space."""
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from smoltolk.model.configuration_smoltolk import IdSpace
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 
 
+@dataclass(frozen=True)
+class RunLengths:
+    """Fewest and most tokens of a run of one modality; both bounds are included.
+
+    What the prompt holds of a run does not count. A run that has reached its bound ends: with a switch where
+    the model may switch, else with the end token.
+
+    Args:
+        text: bounds of text tokens, None for no upper bound.
+        speech: bounds of units.
+
+    Raises:
+        ValueError: bounds are not 0 ≤ fewest ≤ most.
+    """
+
+    text: tuple[int, int | None] = (0, None)
+    speech: tuple[int, int | None] = (0, None)
+
+    def __post_init__(self) -> None:
+        for name in ("text", "speech"):
+            fewest, most = getattr(self, name)
+            if fewest < 0 or (most is not None and most < max(fewest, 1)):
+                raise ValueError(f"{name} is {(fewest, most)}: give 0 <= fewest <= most, and most at least 1")
+
+
 class ModalityLogitsProcessor(LogitsProcessor):
     """Keeps each row in its modality: after speech speech, after text text, after a switch the other one.
 
-    Control ids and reserved speech rows are never generated.
+    Reserved speech rows and control ids are never generated, but for the switch of a model that predicts it.
 
     Args:
         ids: the id space.
+        can_switch: whether the switch may be generated.
+        lengths: bounds of the length of runs.
+        prompt_length: tokens of the prompt, which do not count for the bounds.
     """
 
-    def __init__(self, ids: IdSpace) -> None:
+    def __init__(
+        self,
+        ids: IdSpace,
+        *,
+        can_switch: bool = False,
+        lengths: RunLengths | None = None,
+        prompt_length: int = 0,
+    ) -> None:
         self.ids = ids
+        self.can_switch = can_switch
+        self.lengths = lengths or RunLengths()
+        self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(batch, seen) ids, (batch, vocab_size) scores → scores with −inf outside of the row's block."""
+        """(batch, seen) ids, (batch, vocab_size) scores → scores with −inf where an id may not come."""
+        ids = self.ids
         column = torch.arange(scores.shape[1], device=scores.device)
-        speech = (column >= self.ids.speech_offset) & (column <= self.ids.end_of_speech_id)
-        text = column < self.ids.text_vocab_size
-        allowed = torch.where(next_is_speech(input_ids, self.ids)[:, None], speech, text)
+        is_speech = next_is_speech(input_ids, ids)[:, None]
+        units = (column >= ids.speech_offset) & (column <= ids.end_of_speech_id)
+        allowed = torch.where(is_speech, units, column < ids.text_vocab_size)  # (batch, vocab_size)
+        if self.can_switch:
+            allowed |= (column == ids.switch_id) & (input_ids[:, -1:] != ids.switch_id)
+        run = run_length(input_ids[:, self.prompt_length :], ids)[:, None]
+        fewest, most = (_per_row(is_speech, self.lengths.text[i], self.lengths.speech[i]) for i in (0, 1))
+        end = torch.where(is_speech, column == ids.end_of_speech_id, column == ids.end_of_text_id)
+        is_last = end | (column == ids.switch_id)
+        allowed &= ~(is_last & (run < fewest))
+        closing = (column == ids.switch_id) if self.can_switch else end
+        allowed = torch.where(run >= most, closing & allowed, allowed)
         return scores.masked_fill(~allowed, float("-inf"))
+
+
+def _per_row(is_speech: Tensor, text: int | None, speech: int | None) -> Tensor:
+    """The bound of each row's modality; None is one that is never reached."""
+    unbounded = torch.iinfo(torch.long).max
+    bounds = torch.tensor([unbounded if bound is None else bound for bound in (text, speech)], device=is_speech.device)
+    return bounds[is_speech.long()]
+
+
+def run_length(input_ids: Tensor, ids: IdSpace) -> Tensor:
+    """Tokens since the last switch, (batch, seen) → (batch,)."""
+    since = (input_ids.flip(1) == ids.switch_id).cumsum(1) == 0
+    return since.sum(1)
 
 
 def next_is_speech(input_ids: Tensor, ids: IdSpace) -> Tensor:
@@ -36,6 +100,37 @@ def next_is_speech(input_ids: Tensor, ids: IdSpace) -> Tensor:
     last = input_ids[:, -1]
     before = input_ids[:, -2] if input_ids.shape[1] > 1 else torch.zeros_like(last)
     return torch.where(last == ids.switch_id, before < ids.speech_offset, last >= ids.speech_offset)
+
+
+def check_prompt(prompt: Sequence[int], ids: IdSpace) -> None:
+    """Refuses a prompt whose modalities do not follow one another as in training.
+
+    Raises:
+        ValueError: the prompt is empty, or two modalities meet without a switch, or a switch changes nothing.
+    """
+    if not len(prompt):
+        raise ValueError("the prompt is empty: give some text or speech to continue")
+    was_speech, switched = None, False
+    for place, token in enumerate(prompt):
+        if token == ids.switch_id:
+            if switched:
+                raise ValueError(f"the prompt has a second switch at token {place}: leave one of the two out")
+            switched = True
+        elif not ids.text_vocab_size <= token < ids.speech_offset:
+            is_speech = token >= ids.speech_offset
+            changes = was_speech is not None and is_speech != was_speech
+            if was_speech is not None and changes != switched:
+                way = f"goes from {_name(was_speech)} to {_name(is_speech)} at token {place}"
+                raise ValueError(f"the prompt {way} {'with' if switched else 'without'} a switch: {_remedy(switched)}")
+            was_speech, switched = is_speech, False
+
+
+def _name(is_speech: bool) -> str:
+    return "speech" if is_speech else "text"
+
+
+def _remedy(switched: bool) -> str:
+    return "a switch stands between two modalities only" if switched else "put the switch id between them"
 
 
 @torch.no_grad()
@@ -51,6 +146,10 @@ def continue_ids(
     top_p: float = 1.0,
     seed: int | None = 0,
     use_cache: bool = True,
+    can_switch: bool = False,
+    lengths: RunLengths | None = None,
+    streamer: BaseStreamer | None = None,
+    stopping: Iterable[Any] = (),
 ) -> list[list[int]]:
     """Continues rows of ids in the modality that their last id asks for.
 
@@ -65,25 +164,49 @@ def continue_ids(
         top_p: sample from the smallest set of ids with this share of probability.
         seed: seed of sampling; None leaves torch's generator as it is.
         use_cache: whether to keep keys and values of what was seen.
+        can_switch: whether the model may change the modality by itself; it must have learnt to
+            (`SmolTolkConfig.predict_switch`).
+        lengths: fewest and most tokens of a run of each modality.
+        streamer: gets ids as they come, in transformers' way.
+        stopping: further stopping criteria of transformers.
 
     Returns:
         New ids of each row, without the end token and what comes after it.
+
+    Raises:
+        ValueError: a prompt is empty, padded on the right, or its modalities do not follow one another as in
+            training; or the model shall switch and never learnt to.
     """
+    ids = model.ids
+    if can_switch and not model.config.predict_switch:
+        raise ValueError("can_switch is True, but the model does not predict the switch: train with predict_switch")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if not input_ids.shape[1]:
+        check_prompt([], ids)
+    if not attention_mask[:, -1].all():
+        raise ValueError("attention_mask ends in 0: prompts are padded on the left, so that all end at the same place")
+    for row, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+        check_prompt([token for token, is_real in zip(row, mask, strict=True) if is_real], ids)
     if seed is not None:
         torch.manual_seed(seed)
-    ids = model.ids
     ends = [ids.end_of_text_id, ids.end_of_speech_id]
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    steering = ModalityLogitsProcessor(
+        ids, can_switch=can_switch, lengths=lengths, prompt_length=input_ids.shape[1]
+    )
     output = model.generate(  # type: ignore[misc]
         input_ids,
-        attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+        attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens or None,
         eos_token_id=ends,
         pad_token_id=ids.end_of_text_id,
-        logits_processor=LogitsProcessorList([ModalityLogitsProcessor(ids)]),
+        logits_processor=LogitsProcessorList([steering]),
+        stopping_criteria=StoppingCriteriaList(stopping),
+        streamer=streamer,
         use_cache=use_cache,
         **sampling,
     )

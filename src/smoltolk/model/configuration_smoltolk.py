@@ -100,6 +100,7 @@ class SmolTolkConfig(PreTrainedConfig):
         tie_speech_embeddings: whether the unit head shares its weights with the unit embeddings.
         output_adapter_norm: whether a final norm follows the output adapter (the paper has none).
         selector_entropy_weight: weight of the mean entropy of the selector, subtracted from the loss.
+        predict_switch: whether the switch id is predicted too, so that the model decides when to change modality.
         num_reserved_speech_tokens: rows after end-of-speech, only for imported checkpoints.
         speech_tokenizer: card of the speech tokenizer whose units the model knows
             (`fingerprint`, `unit_rate_hz`, `num_units`), None when unknown.
@@ -124,6 +125,7 @@ class SmolTolkConfig(PreTrainedConfig):
     tie_speech_embeddings: bool = True
     output_adapter_norm: bool = False
     selector_entropy_weight: float = 0.0
+    predict_switch: bool = False
     num_reserved_speech_tokens: int = 0
     speech_tokenizer: dict | None = None
     text_tokenizer_fingerprint: str | None = None

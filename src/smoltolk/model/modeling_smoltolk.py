@@ -83,6 +83,29 @@ class SmolTolkOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What is predicted at every position but the last, all (batch, seq − 1).
+
+    Args:
+        target: the next id.
+        source: the id it follows.
+        is_text: which targets are the text head's.
+        is_unit: which targets are the unit head's.
+    """
+
+    target: Tensor
+    source: Tensor
+    is_text: Tensor
+    is_unit: Tensor
+
+    def rows_with_speech(self) -> Tensor:
+        """Indices of the rows with targets of the unit head; at least one, so that its parameters keep a gradient."""
+        chosen = self.is_unit.any(1)
+        chosen[0] |= ~chosen.any()
+        return chosen.nonzero()[:, 0]
+
+
 class Adapter(nn.Module):
     """A stack of decoder layers of the backbone's own class, causal, without a final norm.
 
@@ -303,8 +326,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: 1 for real tokens, 0 for padding, (batch, seen + seq); None for no padding. Masks as
                 `generate` makes them for a static cache are taken too.
             labels: (batch, seq), Hugging Face convention: the ids themselves, −100 where nothing is to be
-                predicted; the shift happens inside. Control ids are never predicted, so labels at control
-                ids count as −100.
+                predicted; the shift happens inside. Control ids are not predicted, so labels at control
+                ids count as −100, but for the switch with `predict_switch`.
             position_ids: (batch, seq); derived from the mask when None.
             past_key_values: cache of the tokens seen before.
             use_cache: whether to return a cache.
@@ -347,9 +370,14 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         embeds = self._embed(input_ids)  # (batch, seq, dim)
         fused = self._fuse(embeds, is_speech, is_first, past_key_values)
         wants_logits = return_logits or (return_logits is None and labels is None)
+        targets = None
         rows: Tensor | slice = slice(None)  # the rows that the output adapter runs on
-        if labels is not None and not wants_logits and past_key_values is None:
-            rows = self._rows_with_unit_labels(labels)
+        if labels is not None:
+            # Neither padding nor another document predicts a token.
+            can_predict = is_real[:, :-1] & is_real[:, 1:] & ~is_first[:, 1:]
+            targets = self._targets(input_ids, labels, can_predict)
+            if not wants_logits and past_key_values is None:
+                rows = targets.rows_with_speech()
         # The mask is made before the backbone puts this call's tokens into the cache.
         causal = self._causal(embeds, attention_mask, position_ids, past_key_values, rows)
         levels: list[Tensor] = []  # h¹ … h^L, see `keep_level`
@@ -371,15 +399,13 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             speech = self.output_norm(speech)
 
         output = SmolTolkOutput(layer_weights=layer_weights, past_key_values=past_key_values)
-        if labels is not None:
-            # Neither padding nor another document predicts a token.
-            can_predict = is_real[:, :-1] & is_real[:, 1:] & ~is_first[:, 1:]
-            labels = F.pad(labels[:, 1:].masked_fill(~can_predict, -100), (1, 0), value=-100)
-            losses = self._add_losses(output, last, speech, labels, rows, is_real, num_items_in_batch)
+        if targets is not None:
+            losses = self._add_losses(output, last, speech, targets, rows, is_real, num_items_in_batch)
             if return_label_losses:
                 output.label_losses = losses
         if wants_logits:
-            output.logits = self._logits(last[:, -logits_to_keep:], speech[:, -logits_to_keep:])
+            kept = slice(-logits_to_keep, None)
+            output.logits = self._logits(last[:, kept], speech[:, kept], input_ids[:, kept])
         if output_hidden_states:
             output.hidden_states = (fused, *levels)
         return output
@@ -462,16 +488,13 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             "cache": cache,
         }
 
-    def _rows_with_unit_labels(self, labels: Tensor) -> Tensor:
-        """Indices of the rows that speech is predicted in, at least one so that every parameter keeps a gradient."""
-        chosen = (labels[:, 1:] >= self.ids.speech_offset).any(1)
-        chosen[0] |= ~chosen.any()
-        return chosen.nonzero()[:, 0]
-
-    def _logits(self, last: Tensor, speech: Tensor) -> Tensor:
+    def _logits(self, last: Tensor, speech: Tensor, input_ids: Tensor) -> Tensor:
         """Both heads side by side in the one id space, (batch, kept, vocab_size)."""
         text_logits, speech_logits = self._text_head(last), self._speech_head(speech)
         control = text_logits.new_full((*text_logits.shape[:-1], 3), float("-inf"))
+        if self.config.predict_switch:
+            spoken = self._switch_score(speech, input_ids >= self.ids.speech_offset)
+            control[..., 2] = torch.maximum(self._switch_score(last, input_ids < self.ids.text_vocab_size), spoken)
         return torch.cat([text_logits, control, speech_logits.to(text_logits.dtype)], dim=-1)
 
     def _text_head(self, last: Tensor) -> Tensor:
@@ -485,35 +508,59 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
     def _speech_head(self, speech: Tensor) -> Tensor:
         return F.linear(speech.to(self._unit_weight.dtype), self._unit_weight)
 
+    def _switch_score(self, hidden: Tensor, can_switch: Tensor) -> Tensor:
+        """Logit of the switch where it may come, else −inf: hidden (…, dim), which positions (…) → (…)."""
+        weight = self.control_embeddings.weight[2]
+        return (hidden.to(weight.dtype) @ weight).masked_fill(~can_switch, float("-inf"))
+
+    def _targets(self, input_ids: Tensor, labels: Tensor, can_predict: Tensor) -> "Targets":
+        """What is predicted at all positions but the last, by which head: that of the label's own modality.
+
+        The switch is predicted by the head of the modality it ends.
+        """
+        ids, target, source = self.ids, labels[:, 1:], input_ids[:, :-1]
+        is_text = can_predict & (target >= 0) & (target < ids.text_vocab_size)
+        is_unit = can_predict & (target >= ids.speech_offset)
+        if self.config.predict_switch:
+            is_switch = can_predict & (target == ids.switch_id)
+            is_text = is_text | is_switch & (source < ids.text_vocab_size)
+            is_unit = is_unit | is_switch & (source >= ids.speech_offset)
+        return Targets(target, source, is_text, is_unit)
+
     def _add_losses(
         self,
         output: SmolTolkOutput,
         last: Tensor,
         speech: Tensor,
-        labels: Tensor,
+        targets: "Targets",
         rows: Tensor | slice,
         is_real: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Cross-entropy of every label over its own block, text or speech (paper, section 3).
 
-        `speech` holds the output adapter's `rows`, which no unit label lies outside of. Fills in the losses of the
+        `speech` holds the output adapter's `rows`, which hold every target of speech. Fills in the losses of the
         output and returns those of the labels, (batch, seq).
         """
-        target = labels[:, 1:]
-        is_text = (target >= 0) & (target < self.ids.text_vocab_size)
-        is_unit = target >= self.ids.speech_offset
+        ids, is_text, is_unit = self.ids, targets.is_text, targets.is_unit
+        text_hidden, unit_hidden = last[:, :-1][is_text], speech[:, :-1][is_unit[rows]]
+        text_target, unit_target = targets.target[is_text], targets.target[is_unit] - ids.speech_offset
+        text_switch = unit_switch = None
+        if self.config.predict_switch:  # one more column of either head, after all others
+            text_switch = self._switch_score(text_hidden, targets.source[is_text] < ids.text_vocab_size)
+            unit_switch = self._switch_score(unit_hidden, targets.source[is_unit] >= ids.speech_offset)
+            text_target = text_target.clamp(max=ids.text_vocab_size)
+            unit_target = torch.where(unit_target < 0, ids.num_speech_tokens, unit_target)
         # Heads run on labelled positions only: an empty choice still gives every parameter a gradient (of zero).
         text_sum, text_losses = head_loss(
-            last[:, :-1][is_text],
+            text_hidden,
             self.lm.get_output_embeddings().weight,
-            target[is_text],
+            text_target,
+            text_switch,
             scale=self.logits_scale,
             cap=self.logits_cap,
         )
-        unit_sum, unit_losses = head_loss(
-            speech[:, :-1][is_unit[rows]], self._unit_weight, target[is_unit] - self.ids.speech_offset
-        )
+        unit_sum, unit_losses = head_loss(unit_hidden, self._unit_weight, unit_target, unit_switch)
         num_text, num_units = is_text.sum(), is_unit.sum()
         num_labels = (num_text + num_units).clamp(min=1)
         if num_items_in_batch is None:
@@ -527,7 +574,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         output.loss = loss
         output.text_loss = text_sum / num_text
         output.speech_loss = unit_sum / num_units
-        losses = text_losses.new_zeros(target.shape)
+        losses = text_losses.new_zeros(is_text.shape)
         losses = losses.masked_scatter(is_text, text_losses).masked_scatter(is_unit, unit_losses)
         return F.pad(losses, (1, 0))
 
@@ -636,31 +683,42 @@ class HeadLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         target: Tensor,
+        more: Tensor | None,
         scale: float,
         cap: float | None,
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        """(rows, dim), (vocab, dim), (rows,) → summed loss (), losses (rows,), both float32."""
+        """(rows, dim), (vocab, dim), (rows,), (rows,) → summed loss (), losses (rows,), both float32."""
         losses = torch.empty(len(hidden), device=hidden.device)
         needs_hidden, needs_weight = (needed and needs_gradient for needed in ctx.needs_input_grad[:2])
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        more_gradient = None if more is None else torch.empty_like(more, dtype=torch.float32)
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         rows_per_chunk = max(1, LOGITS_PER_CHUNK // len(weight))
         for start in range(0, len(hidden), rows_per_chunk):
             chunk = slice(start, start + rows_per_chunk)
             logits = F.linear(hidden[chunk].to(weight.dtype), weight).float()  # (chunk, vocab)
-            logits *= scale
+            if scale != 1:
+                logits *= scale
+            slope: Tensor | float = scale
             if cap is not None:
                 logits = cap * torch.tanh(logits / cap)
+                slope = scale * (1 - (logits / cap).square())
+            if more is not None:
+                logits = torch.cat([logits, more[chunk, None].float()], 1)  # (chunk, vocab + 1)
             picked = logits.gather(1, target[chunk, None])[:, 0]
             total = logits.logsumexp(1)
             losses[chunk] = total - picked
             if not needs_hidden and not needs_weight:
                 continue
-            slope = scale if cap is None else scale * (1 - (logits / cap).square())
             gradient = logits.sub_(total[:, None]).exp_()  # softmax, (chunk, vocab)
             gradient.scatter_add_(1, target[chunk, None], gradient.new_full((len(gradient), 1), -1.0))
-            gradient = (gradient * slope).to(weight.dtype)
+            if more_gradient is not None:
+                more_gradient[chunk] = gradient[:, -1]
+                gradient = gradient[:, :-1]
+            if isinstance(slope, Tensor) or slope != 1:
+                gradient = gradient * slope
+            gradient = gradient.to(weight.dtype)
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = (gradient @ weight).to(hidden.dtype)
             if weight_gradient is not None:
@@ -668,6 +726,8 @@ class HeadLoss(torch.autograd.Function):
         ctx.gradients = (
             hidden_gradient,
             None if weight_gradient is None else weight_gradient.to(weight.dtype),
+            None,
+            None if more is None or more_gradient is None else more_gradient.to(more.dtype),
         )
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -678,11 +738,17 @@ class HeadLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradient of this loss was taken before: call the model again")
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(sum_gradient.to(g.dtype)) for g in gradients), *[None] * 4)
+        return (*(None if g is None else g.mul_(sum_gradient.to(g.dtype)) for g in gradients), *[None] * 3)
 
 
 def head_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, scale: float = 1.0, cap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    more: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of targets under a linear head whose logits are scaled, then capped softly.
 
@@ -690,13 +756,14 @@ def head_loss(
         hidden: what the head reads, (rows, dim).
         weight: the head's weight, (vocab, dim).
         target: ids, (rows,).
+        more: the logit of one more id than the head has, `vocab`, (rows,); neither scaled nor capped.
         scale: factor of the logits.
         cap: bound of the logits, reached through tanh.
 
     Returns:
         Summed loss (), and each row's own (rows,) without gradient; float32.
     """
-    return HeadLoss.apply(hidden, weight, target, scale, cap, torch.is_grad_enabled())
+    return HeadLoss.apply(hidden, weight, target, more, scale, cap, torch.is_grad_enabled())
 
 
 def mean_entropy(weights: Tensor, is_real: Tensor) -> Tensor:

@@ -41,6 +41,9 @@ class ModelSettings(Strict):
     output_adapter_norm: bool = False
     selector_entropy_weight: NotNegativeFloat = 0.0
     initializer_range: PositiveFloat | None = None
+    predict_switch: bool = False
+    rope_theta: PositiveFloat | None = None
+    max_position_embeddings: PositiveInt | None = None
 
 
 class StoreShare(Strict):
