@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--audio", dest="prompt", action=_PromptPart, type=Path, help="a part of the prompt")
     generate.add_argument("--to", choices=("text", "speech"), required=True)
     generate.add_argument("--output", type=Path, help="WAV file for speech")
+    generate.add_argument("--stream", action="store_true", help="print text while it comes")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 for the best token at each step")
     generate.add_argument("--top-k", type=int, default=0)
@@ -172,14 +173,21 @@ def _generate(options: argparse.Namespace) -> None:
     if options.to == "speech" and options.output is None:
         raise ValueError("--to speech needs --output, the WAV file to write")
     pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
-    continuation = pipeline(
-        options.prompt or [],
-        to=options.to,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
+    sampling = {
+        "to": options.to,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "seed": options.seed,
+    }
+    if options.stream:
+        if options.to != "text":
+            raise ValueError("--stream prints text as it comes: give --to text, or leave it out")
+        for piece in pipeline.stream(options.prompt or [], **sampling):
+            print(piece.text, end="", flush=True)
+        print()
+        return
+    continuation = pipeline(options.prompt or [], **sampling)
     if continuation.text is not None:
         print(continuation.text)
     elif continuation.audio is not None:

@@ -14,7 +14,7 @@ from tests.conftest import (
 )
 
 from smoltolk.generation.pipeline import SmolTolkPipeline
-from smoltolk.generation.sampling import continue_ids, next_is_speech
+from smoltolk.generation.sampling import RunLengths, continue_ids, next_is_speech
 from smoltolk.speech.audio import AudioError
 from smoltolk.speech.units import SpeechTokenizer, Units
 
@@ -145,3 +145,71 @@ def test_a_speech_tokenizer_the_model_does_not_know_is_refused():
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         SmolTolkPipeline.from_pretrained(tmp_path)
+
+
+class LoudVocoder:
+    """Says each unit as ten samples of its number."""
+
+    sample_rate_hz = 1000
+
+    def decode(self, units):
+        return np.repeat(units, 10).astype(np.float32) / NUM_UNITS
+
+    def decode_stream(self, units, *, chunk_units):
+        chunk = []
+        for unit in units:
+            chunk.append(unit)
+            if len(chunk) == chunk_units:
+                yield self.decode(np.array(chunk))
+                chunk = []
+        if chunk:
+            yield self.decode(np.array(chunk))
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 4}])
+def test_pieces_of_a_stream_add_up_to_what_a_call_gives(pipeline, settings):
+    settings |= {"max_new_tokens": 17}
+    texts = [piece.text for piece in pipeline.stream("w1 w2", to="text", min_new_tokens=9, **settings)]
+    assert "".join(texts) == pipeline("w1 w2", to="text", min_new_tokens=9, **settings).text
+    assert len(texts) > 5
+    without_vocoder = list(pipeline.stream(["w1", tone()], to="speech", **settings))
+    pipeline.vocoder = LoudVocoder()
+    whole = pipeline(["w1", tone()], to="speech", **settings)
+    pieces = list(pipeline.stream(["w1", tone()], to="speech", chunk_units=4, **settings))
+    assert np.array_equal(np.concatenate([p.units for p in pieces]), whole.units)
+    assert np.array_equal(np.concatenate([p.audio for p in pieces]), whole.audio)
+    assert np.array_equal(np.concatenate([p.units for p in without_vocoder]), whole.units)
+
+
+def test_a_stream_gives_pieces_before_the_end_and_can_be_closed(pipeline, monkeypatch):
+    calls = []
+    forward = type(pipeline.model).forward
+    monkeypatch.setattr(type(pipeline.model), "forward", lambda *args, **kw: (calls.append(1), forward(*args, **kw))[1])
+    stream = pipeline.stream("w1", to="text", max_new_tokens=200, min_new_tokens=200)
+    next(stream)
+    stream.close()
+    made = len(calls)
+    assert 0 < made < 200
+    assert len(calls) == made  # nothing goes on behind our back
+
+
+def test_what_fails_in_the_background_is_raised_in_front(pipeline):
+    with pytest.raises(ValueError, match="min_new_tokens"):
+        list(pipeline.stream("w1", to="text", min_new_tokens=9, lengths=RunLengths(text=(0, 4))))
+
+
+def test_a_model_that_switches_gives_its_parts_in_order():
+    model = tiny_model(predict_switch=True, speech_tokenizer=SPEECH_CARD)
+    pipeline = SmolTolkPipeline(model, tiny_text_tokenizer(), ToneTokenizer(), LoudVocoder())
+    lengths = RunLengths(text=(2, 3), speech=(2, 5))
+    said = pipeline("w1", to=None, max_new_tokens=30, min_new_tokens=30, lengths=lengths)
+    kinds = [part.text is not None for part in said.parts]
+    assert kinds == [i % 2 == 0 for i in range(len(kinds))]
+    assert len(kinds) > 4
+    assert said.text == " ".join(part.text for part in said.parts if part.text is not None)
+    assert len(said.audio) == 10 * len(said.units) == sum(len(p.audio) for p in said.parts if p.audio is not None)
+
+
+def test_a_model_that_never_learnt_to_switch_cannot_decide(pipeline):
+    with pytest.raises(ValueError, match="does not predict the switch"):
+        pipeline("w1", to=None)

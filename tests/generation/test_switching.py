@@ -103,6 +103,11 @@ def test_bounds_end_a_run_where_the_model_may_not_switch(model):
     assert len(speech) <= 7
 
 
+def test_a_run_that_may_not_end_and_must_is_refused(model):
+    with pytest.raises(ValueError, match="min_new_tokens is 9, but lengths ends a run after 4"):
+        continue_ids(model, torch.tensor([[5]]), max_new_tokens=9, min_new_tokens=9, lengths=RunLengths(text=(0, 4)))
+
+
 @pytest.mark.parametrize("bounds", [(-1, 3), (4, 3), (0, 0)])
 def test_bounds_that_cannot_be_are_refused(bounds):
     with pytest.raises(ValueError, match=r"speech is .*: give 0 <= fewest <= most"):

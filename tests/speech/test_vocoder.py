@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,41 @@ def test_durations_are_predicted_near_the_true_ones(vocoder: MelVocoder, pairs: 
 def test_decoding_twice_gives_the_same_audio(vocoder: MelVocoder) -> None:
     units = np.array([1, 5, 2, 2, 0])
     np.testing.assert_array_equal(vocoder.decode(units), vocoder.decode(units))
+
+
+@pytest.mark.parametrize("chunk_units", [1, 7, 24, 1000])
+def test_a_stream_says_the_same_in_chunks(
+    vocoder: MelVocoder, pairs: list[tuple[Units, np.ndarray]], tokenizer: MelTokenizer, chunk_units: int
+) -> None:
+    units = np.concatenate([pair.units for pair, _ in pairs[:3]])
+    units = units[np.append(True, units[1:] != units[:-1])]
+    heard: list[int] = []
+
+    def come() -> Iterator[int]:
+        for unit in units:
+            heard.append(int(unit))
+            yield int(unit)
+
+    pieces = []
+    for piece in vocoder.decode_stream(come(), chunk_units=chunk_units):
+        if not pieces and chunk_units < 24 < len(units):
+            assert len(heard) < len(units)  # the first piece comes before the last unit
+        pieces.append(piece)
+    assert heard == units.tolist()
+    whole = vocoder.decode(units)
+    streamed = np.concatenate(pieces)
+    assert streamed.dtype == np.float32
+    assert len(streamed) == len(whole)
+    agreement = np.mean(tokenizer.encode(streamed).frames() == tokenizer.encode(whole).frames())
+    assert agreement > (0.6 if chunk_units == 1 else 0.75)
+    steps = np.abs(np.diff(streamed))
+    assert steps.max() < 1.5 * np.abs(np.diff(whole)).max()  # no clicks at the seams
+
+
+def test_a_stream_without_units_says_nothing_and_a_chunk_has_units(vocoder: MelVocoder) -> None:
+    assert list(vocoder.decode_stream([])) == []
+    with pytest.raises(ValueError, match="chunk_units is 0"):
+        next(vocoder.decode_stream([1], chunk_units=0))
 
 
 def test_a_single_unit_of_one_frame_is_decoded(vocoder: MelVocoder) -> None:

@@ -1,13 +1,18 @@
 """From prompts of text and audio to text or speech."""
 
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from smoltolk.generation.sampling import continue_ids
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
@@ -16,6 +21,7 @@ from smoltolk.speech.units import SpeechTokenizer, load_speech_tokenizer
 from smoltolk.speech.vocoder import MelVocoder
 
 PromptPart = str | Path | np.ndarray
+_LONGEST_WORD = 30  # characters; what is longer is a script without spaces
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,16 +29,18 @@ class Continuation:
     """What a model said.
 
     Args:
-        text: the text, when text was asked for.
-        units: the units (num_units,), when speech was asked for.
+        text: the text, None when there is none.
+        units: the units (num_units,), None when there are none.
         audio: the units as audio (samples,) float32, when there is a vocoder.
         sample_rate_hz: rate of the audio.
+        parts: the runs of text and of speech in their order, where the model changed the modality itself.
     """
 
     text: str | None = None
     units: np.ndarray | None = None
     audio: np.ndarray | None = None
     sample_rate_hz: int | None = None
+    parts: "tuple[Continuation, ...]" = ()
 
     def save(self, path: str | Path) -> None:
         """Writes the audio as a WAV file.
@@ -101,7 +109,7 @@ class SmolTolkPipeline:
         self,
         prompt: PromptPart | Sequence[PromptPart],
         *,
-        to: str,
+        to: str | None,
         max_new_tokens: int = 256,
         **sampling: Any,
     ) -> Continuation:
@@ -110,24 +118,101 @@ class SmolTolkPipeline:
         Args:
             prompt: parts in order: text (str), an audio file (Path), or audio at the speech tokenizer's rate
                 (samples,) float32.
-            to: "text" or "speech".
-            max_new_tokens: longest continuation, in text tokens or units.
-            sampling: `min_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `use_cache` of `continue_ids`.
+            to: "text" or "speech"; None lets a model decide that predicts the switch.
+            max_new_tokens: longest continuation, in text tokens and units.
+            sampling: `min_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `use_cache`, `lengths` of
+                `continue_ids`.
 
         Raises:
             ValueError: an empty prompt, an unknown modality, or a prompt too long for the model.
             AudioError: an audio file that cannot be used.
         """
         ids = self.prompt_ids(prompt, to=to)
+        row = torch.tensor([ids], device=self.model.device)
+        sampling |= {"max_new_tokens": min(self._room(ids), max_new_tokens), "can_switch": to is None}
+        (new,) = continue_ids(self.model, row, **sampling)
+        if to is None:
+            switch = self.model.ids.switch_id
+            runs = [list(run) for is_switch, run in groupby(new, lambda token: token == switch) if not is_switch]
+            return self._join([self._continuation(run, run[0] >= self.model.ids.speech_offset) for run in runs])
+        return self._continuation(new, to == "speech")
+
+    def stream(
+        self,
+        prompt: PromptPart | Sequence[PromptPart],
+        *,
+        to: str,
+        max_new_tokens: int = 256,
+        chunk_units: int = 24,
+        **sampling: Any,
+    ) -> Iterator[Continuation]:
+        """Continues a prompt, giving each piece while the next ones are still being generated.
+
+        Args:
+            prompt: as in a call.
+            to: "text" or "speech".
+            max_new_tokens: longest continuation, in text tokens or units.
+            chunk_units: units in a piece of speech.
+            sampling: as in a call.
+
+        Yields:
+            Pieces: some text each, or some units with their audio. Text and units add up to what a call gives. To
+            stop early, close the generator.
+        """
+        ids = self.prompt_ids(prompt, to=to)
+        row = torch.tensor([ids], device=self.model.device)
+        sampling |= {"max_new_tokens": min(self._room(ids), max_new_tokens)}
+        tokens = _generate_in_background(self.model, row, sampling)
+        try:
+            yield from self._stream_text(tokens) if to == "text" else self._stream_speech(tokens, chunk_units)
+        finally:
+            tokens.close()
+
+    def _stream_text(self, tokens: Iterator[int]) -> Iterator[Continuation]:
+        seen: list[int] = []
+        said = 0  # characters given so far
+        for token in chain(tokens, [None]):
+            if token is not None:
+                seen.append(token)
+            text = str(self.text_tokenizer.decode(seen, skip_special_tokens=True))
+            # The next token may still change the last word; scripts without spaces wait for whole characters only.
+            end = len(text) if token is None else text.rfind(" ") + 1
+            if end <= said and len(text) - said > _LONGEST_WORD and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                end = len(text)
+            if end > said:
+                yield Continuation(text=text[said:end])
+                said = end
+
+    def _stream_speech(self, tokens: Iterator[int], chunk_units: int) -> Iterator[Continuation]:
+        given: list[int] = []
+
+        def units() -> Iterator[int]:
+            for token in tokens:
+                given.append(token - self.model.ids.speech_offset)
+                yield given[-1]
+
+        if self.vocoder is None:
+            for unit in units():
+                yield Continuation(units=np.array([unit], dtype=np.int64))
+            return
+        done = 0
+        for audio in self.vocoder.decode_stream(units(), chunk_units=chunk_units):
+            end = min(done + chunk_units, len(given))
+            chunk = np.array(given[done:end], dtype=np.int64)
+            yield Continuation(units=chunk, audio=audio, sample_rate_hz=self.vocoder.sample_rate_hz)
+            done = end
+
+    def _room(self, ids: list[int]) -> int:
         room = self.model.config.max_position_embeddings - len(ids)
         if room < 1:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens and leaves no room in the model's "
                 f"{self.model.config.max_position_embeddings} positions: shorten it"
             )
-        row = torch.tensor([ids], device=self.model.device)
-        new = continue_ids(self.model, row, max_new_tokens=min(room, max_new_tokens), **sampling)[0]
-        if to == "text":
+        return room
+
+    def _continuation(self, new: list[int], is_speech: bool) -> Continuation:
+        if not is_speech:
             return Continuation(text=str(self.text_tokenizer.decode(new, skip_special_tokens=True)))
         units = np.array(new, dtype=np.int64) - self.model.ids.speech_offset
         if self.vocoder is None or not len(units):
@@ -135,10 +220,22 @@ class SmolTolkPipeline:
         audio = self.vocoder.decode(units)
         return Continuation(units=units, audio=audio, sample_rate_hz=self.vocoder.sample_rate_hz)
 
-    def prompt_ids(self, prompt: PromptPart | Sequence[PromptPart], *, to: str) -> list[int]:
-        """Ids of a prompt, with a switch at each change of modality, the last one into `to`."""
-        if to not in ("text", "speech"):
-            raise ValueError(f"to is {to!r}: choose 'text' or 'speech'")
+    def _join(self, parts: list[Continuation]) -> Continuation:
+        texts = [part.text for part in parts if part.text is not None]
+        units = [part.units for part in parts if part.units is not None]
+        audios = [part.audio for part in parts if part.audio is not None]
+        return Continuation(
+            text=" ".join(texts) if texts else None,
+            units=np.concatenate(units) if units else None,
+            audio=np.concatenate(audios) if audios else None,
+            sample_rate_hz=self.vocoder.sample_rate_hz if audios and self.vocoder else None,
+            parts=tuple(parts),
+        )
+
+    def prompt_ids(self, prompt: PromptPart | Sequence[PromptPart], *, to: str | None) -> list[int]:
+        """Ids of a prompt, with a switch at each change of modality, the last one into `to` unless that is None."""
+        if to not in ("text", "speech", None):
+            raise ValueError(f"to is {to!r}: choose 'text' or 'speech', or None to let the model decide")
         parts = [prompt] if isinstance(prompt, PromptPart) else list(prompt)
         ids: list[int] = []
         was_speech = None
@@ -153,7 +250,7 @@ class SmolTolkPipeline:
             was_speech = is_speech
         if was_speech is None:
             raise ValueError("the prompt is empty: give some text or audio to continue")
-        return ids if was_speech == (to == "speech") else [*ids, self.model.ids.switch_id]
+        return ids if to is None or was_speech == (to == "speech") else [*ids, self.model.ids.switch_id]
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
@@ -166,3 +263,48 @@ class SmolTolkPipeline:
         rate = self.speech_tokenizer.sample_rate_hz
         waveform = load_audio(audio, sample_rate_hz=rate, source_rate_hz=rate)
         return (self.speech_tokenizer.encode(waveform).units + self.model.ids.speech_offset).tolist()
+
+
+class _TokenQueue(BaseStreamer):
+    """Hands on the ids of one row, but for its prompt, to another thread."""
+
+    def __init__(self) -> None:
+        self.items: queue.Queue[int | BaseException | None] = queue.Queue()
+        self.is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """Takes what `generate` gives: the prompt, then the new id of each row."""
+        if self.is_prompt:
+            self.is_prompt = False
+            return
+        for token in value.flatten().tolist():
+            self.items.put(token)
+
+    def end(self) -> None:
+        """The thread itself says when it is done."""
+
+
+def _generate_in_background(
+    model: SmolTolkForCausalLM, row: Tensor, sampling: dict[str, Any]
+) -> Generator[int, None, None]:
+    """New ids of one row as they come, without the end token; what fails there is raised here."""
+    tokens, is_closed = _TokenQueue(), threading.Event()
+
+    def run() -> None:
+        try:
+            continue_ids(model, row, streamer=tokens, stopping=[lambda *_, **__: is_closed.is_set()], **sampling)
+            tokens.items.put(None)
+        except BaseException as error:
+            tokens.items.put(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (item := tokens.items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            if item not in (model.ids.end_of_text_id, model.ids.end_of_speech_id):
+                yield item
+    finally:
+        is_closed.set()
+        thread.join()

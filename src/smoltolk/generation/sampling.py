@@ -180,6 +180,9 @@ def continue_ids(
     ids = model.ids
     if can_switch and not model.config.predict_switch:
         raise ValueError("can_switch is True, but the model does not predict the switch: train with predict_switch")
+    bounds = [most for _, most in (lengths.text, lengths.speech) if most is not None] if lengths else []
+    if not can_switch and bounds and min(bounds) < min_new_tokens:
+        raise ValueError(f"min_new_tokens is {min_new_tokens}, but lengths ends a run after {min(bounds)}: lower it")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if not input_ids.shape[1]:
@@ -194,9 +197,7 @@ def continue_ids(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    steering = ModalityLogitsProcessor(
-        ids, can_switch=can_switch, lengths=lengths, prompt_length=input_ids.shape[1]
-    )
+    steering = ModalityLogitsProcessor(ids, can_switch=can_switch, lengths=lengths, prompt_length=input_ids.shape[1])
     output = model.generate(  # type: ignore[misc]
         input_ids,
         attention_mask=attention_mask,

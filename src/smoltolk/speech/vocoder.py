@@ -8,7 +8,7 @@ It speaks with the voice it was trained on.
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -33,6 +33,8 @@ _NUM_BANDS = 80
 _WINDOW_S = 0.05  # two or more periods of any voice, so that its harmonics can be told apart
 _POWER_FLOOR = 1e-4
 _GRIFFIN_LIM_ITERATIONS = 32
+_CONTEXT_UNITS = 6  # on both sides of a chunk of a stream: more than the convolutions see
+_FADE_S = 0.01
 _CROPS = 16  # per training step
 _CROP_FRAMES = 192
 _LEARNING_RATE = 2e-3
@@ -148,6 +150,46 @@ class MelVocoder:
         start = margin * hop_samples - hop_samples // 2
         audio = audio[start : start + len(mel) * hop_samples]
         return (audio / max(1.0, np.abs(audio).max())).astype(np.float32)
+
+    def decode_stream(self, units: Iterable[int], *, chunk_units: int = 24) -> Iterator[np.ndarray]:
+        """Speak units while they come, in chunks.
+
+        A chunk is decoded together with its neighbours and faded into the one before, so that it sounds as if
+        decoded in one piece, as many samples long in all. It is given once a few units after it are known.
+
+        Args:
+            units: unit ids, in time.
+            chunk_units: units in a chunk, more for fewer seams, less for a shorter delay.
+
+        Yields:
+            Pieces of the waveform, float32 (samples,).
+        """
+        if chunk_units < 1:
+            raise ValueError(f"chunk_units is {chunk_units}: give 1 or more")
+        seen: list[int] = []
+        begin, tail = 0, np.zeros(0, np.float32)  # first unit not spoken yet; what the last chunk says after its end
+        for unit in units:
+            seen.append(int(unit))
+            if len(seen) == begin + chunk_units + _CONTEXT_UNITS:
+                piece, tail = self._decode_chunk(seen, begin, begin + chunk_units, tail)
+                begin += chunk_units
+                yield piece
+        if begin < len(seen):
+            yield self._decode_chunk(seen, begin, len(seen), tail)[0]
+
+    def _decode_chunk(self, seen: list[int], begin: int, end: int, tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The audio of units `begin` to `end`, faded in over the tail of the chunk before; and its own tail."""
+        first = max(0, begin - _CONTEXT_UNITS)
+        around = np.array(seen[first:], dtype=np.int64)
+        durations = self.predict_durations(around)
+        places = np.append(0, durations.cumsum()) * self._card.hop_samples  # of each unit's first sample
+        audio = self.decode(around, durations)
+        start, stop = places[begin - first], places[end - first]
+        piece = audio[start:stop].copy()
+        length = min(len(tail), len(piece))
+        fade = np.linspace(0, 1, length, dtype=np.float32)
+        piece[:length] = fade * piece[:length] + (1 - fade) * tail[:length]
+        return piece, audio[stop : stop + round(_FADE_S * self.sample_rate_hz)]
 
     def save(self, path: str | Path) -> None:
         """Write `vocoder.json` and `vocoder.safetensors` to a folder."""
