@@ -97,7 +97,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
             f"model_args has settings that are not known: {', '.join(f'{n} = {given[n]!r}' for n in unknown)}; "
             "if they don't change what the model computes, pass the checkpoint as a dict without them"
         )
-    settings = {**DEFAULTS, **given}
+    settings = DEFAULTS | {name: value for name, value in given.items() if value is not None}
     if settings["n_codebooks"] != 1:
         raise ValueError(
             f"n_codebooks is {settings['n_codebooks']}: SmolTolk models one stream of units; "
