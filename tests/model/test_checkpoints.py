@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import EARLY_FUSION, mixed_ids, tiny_lm_config, tiny_model
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig
 
 import smoltolk
 
@@ -25,7 +25,9 @@ def parts():
 RENAMED = {
     "control_embeddings.": None,  # rows of the text tables
     "lm.model.embed_tokens.": None,
+    "lm.gpt_neox.embed_in.": None,
     "lm.lm_head.": None,
+    "lm.embed_out.": None,
     "unit_embeddings.": "audio_embed.0.",
     "unit_head.": "audio_unembed.0.",
     "input_adapter.layers.": "audio_in_layers.",
@@ -33,6 +35,7 @@ RENAMED = {
     "layer_selector.projection.": "layer_selector.",
     "layer_selector.level_projection.": "selwa_downproj.",
     "lm.model.": "context_model.",
+    "lm.gpt_neox.": "context_model.",
 }
 
 
@@ -77,6 +80,17 @@ def assert_same(ours, imported):
     assert torch.equal(a.layer_weights, b.layer_weights)
 
 
+TINY_NEOX = GPTNeoXConfig(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+    bos_token_id=0,
+    eos_token_id=0,
+)
 MLP = {"selector_hidden_size": 32}
 LEVELS = {"selector_input": "levels", "selector_level_size": 8}
 VARIANTS = {  # our settings, and those of the authors that don't follow from them
@@ -105,6 +119,7 @@ VARIANTS = {  # our settings, and those of the authors that don't follow from th
     "no residual": ({"speech_residual": False}, {}),
     "untied units": ({"tie_speech_embeddings": False}, {}),
     "untied text": ({"lm_config": tiny_lm_config(tie_word_embeddings=False)}, {}),
+    "another family of backbones": ({"lm_config": TINY_NEOX}, {}),
     "entropy": ({"selector_entropy_weight": 0.01}, {}),
     "another rotary base, which their code does not apply": ({}, {"rope_theta": 1e5}),
 }
