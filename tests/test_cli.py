@@ -1,10 +1,16 @@
 """The command line: exit codes and messages."""
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 from tests.conftest import tiny_recipe
 
 from smoltolk import cli
+from smoltolk.evaluation.results import checkpoint_fingerprint
+
+PARITY = Path(__file__).parent / "parity"
 
 
 def test_no_command_prints_the_help(capsys):
@@ -20,11 +26,15 @@ def test_no_command_prints_the_help(capsys):
         (["evaluate", "none", "items.parquet", "--output", "out", "--protocol", "best"], "protocol is 'best'"),
         (["generate", "none", "--text", "a", "--to", "text"], "none holds no config.json"),
         (["generate", "none", "--text", "a", "--to", "speech"], "needs --output"),
+        (["import-checkpoint", "none.pt", "out"], "source none.pt is not a file"),
+        (["import-checkpoint", "none.pt", "."], "is not an empty folder"),
+        (["export", "none", "out"], "none holds no config.json"),
         (["demo", "--seeds", "0"], "seeds is 0"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_1(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").touch()
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -56,3 +66,48 @@ def test_training_by_the_command_line_ends_with_the_models_folder(tiny_world, tm
     assert cli.main(["train", str(path), "--no-progress"]) == 0
     assert f"trained model: {tmp_path / 'run' / 'model'}" in capsys.readouterr().out
     assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_a_checkpoint_is_imported_and_exported_by_the_command_line(tmp_path, capsys):
+    settings = json.loads((PARITY / "full/model_args.json").read_text())["llama_config"]
+    (tmp_path / "lm.json").write_text(json.dumps(settings | {"model_type": "llama"}))
+    imported, exported = tmp_path / "imported", tmp_path / "exported"
+    command = ["import-checkpoint", str(PARITY / "ckpt/ckpt_full.pt"), str(imported)]
+    assert cli.main([*command, "--lm-config", str(tmp_path / "lm.json")]) == 0
+    printed = capsys.readouterr().out
+    assert f"{imported}: late fusion (2 input adapter layers)" in printed
+    assert "40 units, 96 text tokens, torch.float32" in printed
+    assert "layer selector: 264 parameters" in printed
+    assert sorted(path.name for path in imported.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert cli.main([*command, "--lm-config", str(tmp_path / "lm.json")]) == 1
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+
+    result = {"checkpoint": checkpoint_fingerprint(imported), "task": "cloze", "protocol": "p", "items": "i"}
+    (tmp_path / "result.json").write_text(json.dumps(result | {"accuracy": {}}))
+    command = ["export", str(imported), str(exported), "--license", "mit", "--results", str(tmp_path / "result.json")]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.strip() == str(exported)
+    assert (exported / "modeling_smoltolk.py").is_file()
+    (tmp_path / "result.json").write_text(json.dumps(result | {"checkpoint": "another"}))
+    command[2] = str(tmp_path / "more")
+    assert cli.main(command) == 1
+    assert "is no result of this model" in capsys.readouterr().err
+    command[-1] = "none.json"
+    assert cli.main(command) == 1
+    assert "none.json cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_backbone_configuration_that_is_not_there_is_said_in_one_line(tmp_path, capsys):
+    (tmp_path / "lm.json").write_text("{}")
+    for name in ("lm.json", "none"):
+        command = ["import-checkpoint", str(PARITY / "ckpt/ckpt_full.pt"), str(tmp_path / "out")]
+        assert cli.main([*command, "--lm-config", str(tmp_path / name)]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"{name}' cannot be resolved here: pass lm_config" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["lm.json"]

@@ -61,6 +61,7 @@ def test_exported_members():
         "SmolTolkForCausalLM",
         "SmolTolkOutput",
         "SmolTolkPipeline",
+        "export_model",
         "import_checkpoint",
     ]
     assert all(hasattr(smoltolk, name) for name in smoltolk.__all__)

@@ -4,9 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 from .model.checkpoints import import_checkpoint
 from .model.configuration_smoltolk import SmolTolkConfig
+from .model.export import export_model
 from .model.modeling_smoltolk import SmolTolkForCausalLM, SmolTolkOutput
 
-__all__ = ["SmolTolkConfig", "SmolTolkForCausalLM", "SmolTolkOutput", "SmolTolkPipeline", "import_checkpoint"]
+__all__ = [
+    "SmolTolkConfig",
+    "SmolTolkForCausalLM",
+    "SmolTolkOutput",
+    "SmolTolkPipeline",
+    "export_model",
+    "import_checkpoint",
+]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

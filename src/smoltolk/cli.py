@@ -80,6 +80,21 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="cpu")
     generate.set_defaults(run=_generate, resume_hint="stopped")
 
+    importing = commands.add_parser("import-checkpoint", help="make a model folder from a checkpoint of the authors")
+    importing.add_argument("source", type=Path, help="checkpoint file of the authors' code")
+    importing.add_argument("output", type=Path, help="folder to make")
+    importing.add_argument(
+        "--lm-config", help="configuration of the text LM: file, folder or name; default: as it says"
+    )
+    importing.set_defaults(run=_import_checkpoint, resume_hint="stopped; nothing was written")
+
+    export = commands.add_parser("export", help="make a folder to share from a model: code, safetensors, card")
+    export.add_argument("model", type=Path, help="folder of a trained or imported model")
+    export.add_argument("output", type=Path, help="folder to make")
+    export.add_argument("--results", type=Path, nargs="+", default=[], help="result.json of evaluations of the model")
+    export.add_argument("--license", help="licence of the weights; none is stated by default")
+    export.set_defaults(run=_export, resume_hint="stopped; nothing was written")
+
     demo = commands.add_parser("demo", help="the whole story in miniature, with a report")
     demo.add_argument("--output", type=Path, default=Path("demo-run"))
     demo.add_argument("--seeds", type=int, default=1, help="repeat everything with so many seeds")
@@ -197,6 +212,29 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.model} was kept without a vocoder: units cannot become audio")
     else:
         raise ValueError("the model ended at once and said nothing: try another --seed or prompt")
+
+
+def _import_checkpoint(options: argparse.Namespace) -> None:
+    from smoltolk.model.card import describe, parameter_counts
+    from smoltolk.model.checkpoints import import_checkpoint
+    from smoltolk.model.export import new_folder
+
+    with new_folder(options.output) as folder:
+        model = import_checkpoint(options.source, options.lm_config)
+        model.save_pretrained(folder)
+    print(f"{options.output}: {describe(model.config)}")  # type: ignore[arg-type]
+    print(f"{model.ids.num_units} units, {model.ids.text_vocab_size} text tokens, {model.dtype}")
+    for part, count in parameter_counts(model).items():
+        print(f"{part}: {count:,} parameters")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from smoltolk.evaluation.results import checkpoint_fingerprint, read_result
+    from smoltolk.model.export import export_model
+
+    checkpoint = checkpoint_fingerprint(options.model) if options.results else ""
+    results = [read_result(path, checkpoint) for path in options.results]
+    print(export_model(options.model, options.output, results=results, license=options.license))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -132,6 +132,25 @@ class ClozeResult:
         return path
 
 
+def read_result(path: Path, checkpoint: str) -> dict[str, Any]:
+    """Reads the `result.json` of a model.
+
+    Args:
+        path: the file.
+        checkpoint: identity of the model, see `checkpoint_fingerprint`.
+
+    Raises:
+        ValueError: not such a file, or the result of another model.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: give the result.json that `smoltolk evaluate` wrote") from error
+    if not isinstance(record, dict) or record.get("checkpoint") != checkpoint:
+        raise ValueError(f"{path} is no result of this model (checkpoint {checkpoint[:12]}…): evaluate it again")
+    return record
+
+
 def bootstrap(values: np.ndarray, groups: Iterable[str], seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean, resampling whole groups.
 

@@ -94,8 +94,11 @@ class SmolTolkConfig(PreTrainedConfig):
         num_output_adapter_layers: decoder layers between the layer mix and the unit head (late fission).
         layer_mixing: what the speech side reads: "last" level only, a "static" learned average of all
             levels, or levels "selected" per position by the layer selector (multi-level fission).
-        selector_input: what the layer selector looks at: the "static" average, the "last" level, or the
-            index of a backbone layer (0 is the first layer's output).
+        selector_input: what the layer selector looks at: the "static" average, the "last" level, the index of
+            a backbone layer (0 is the first layer's output), or all "levels", projected and side by side.
+        selector_hidden_size: width of a hidden layer in the layer selector, None for a linear one (the paper's).
+        selector_level_size: what each level is projected to for `selector_input="levels"`, else None.
+        selector_level_hidden_size: width of a hidden layer in that projection, None for a linear one.
         speech_residual: whether the raw input embedding is added to the layer mix.
         tie_speech_embeddings: whether the unit head shares its weights with the unit embeddings.
         output_adapter_norm: whether a final norm follows the output adapter (the paper has none).
@@ -121,6 +124,9 @@ class SmolTolkConfig(PreTrainedConfig):
     num_output_adapter_layers: int = 2
     layer_mixing: str = "selected"
     selector_input: str | int = "static"
+    selector_hidden_size: int | None = None
+    selector_level_size: int | None = None
+    selector_level_hidden_size: int | None = None
     speech_residual: bool = True
     tie_speech_embeddings: bool = True
     output_adapter_norm: bool = False
@@ -155,12 +161,29 @@ class SmolTolkConfig(PreTrainedConfig):
         if self.layer_mixing not in LAYER_MIXINGS:
             raise ValueError(f"layer_mixing is {self.layer_mixing!r}: choose one of {', '.join(LAYER_MIXINGS)}")
         num_layers = self.lm_config.num_hidden_layers
-        if self.selector_input not in ("static", "last") and not (
+        if self.selector_input not in ("static", "last", "levels") and not (
             isinstance(self.selector_input, int) and 0 <= self.selector_input < num_layers
         ):
             raise ValueError(
-                f"selector_input is {self.selector_input!r}: choose 'static', 'last' or "
+                f"selector_input is {self.selector_input!r}: choose 'static', 'last', 'levels' or "
                 f"a layer index from 0 to {num_layers - 1}"
+            )
+        for name in ("selector_hidden_size", "selector_level_size", "selector_level_hidden_size"):
+            size = getattr(self, name)
+            if size is not None and (size < 1 or self.layer_mixing != "selected"):
+                raise ValueError(
+                    f"{name} is {size} and layer_mixing is {self.layer_mixing!r}: give a positive size with "
+                    "'selected', which alone has a selector, or None"
+                )
+        if (self.selector_input == "levels") != (self.selector_level_size is not None):
+            raise ValueError(
+                f"selector_input is {self.selector_input!r} and selector_level_size is {self.selector_level_size}: "
+                "give 'levels' and a size, or neither"
+            )
+        if self.selector_level_hidden_size is not None and self.selector_level_size is None:
+            raise ValueError(
+                f"selector_level_hidden_size is {self.selector_level_hidden_size} without a selector_level_size: "
+                "give both, or None"
             )
         if self.selector_entropy_weight and self.layer_mixing != "selected":
             raise ValueError(

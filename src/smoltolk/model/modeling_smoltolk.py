@@ -153,11 +153,15 @@ class LayerSelector(nn.Module):
         super().__init__()
         self.mixing = config.layer_mixing
         self.selector_input = config.selector_input
-        num_layers = config.lm_config.num_hidden_layers
+        num_layers, source_size = config.lm_config.num_hidden_layers, config.hidden_size
         if self.mixing == "static" or (self.mixing == "selected" and self.selector_input == "static"):
             self.static_logits = nn.Parameter(torch.empty(num_layers))  # α
         if self.mixing == "selected":
-            self.projection = nn.Linear(config.hidden_size, num_layers)  # W, b
+            if config.selector_level_size is not None:
+                level_size, hidden_size = config.selector_level_size, config.selector_level_hidden_size
+                self.level_projection = perceptron(source_size, hidden_size, level_size)
+                source_size = num_layers * level_size
+            self.projection = perceptron(source_size, config.selector_hidden_size, num_layers)  # W, b
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Levels h¹ … h^L, each (batch, seq, dim) → mix (batch, seq, dim), weights (batch, seq, L).
@@ -173,11 +177,14 @@ class LayerSelector(nn.Module):
         if self.mixing == "static":
             weights = self.static_logits.float().softmax(-1).expand(shape)
             return mix(levels, weights), weights
+        dtype = next(self.projection.parameters()).dtype
         if self.selector_input == "static":
             source = mix(levels, self.static_logits.float().softmax(-1).expand(shape))
+        elif self.selector_input == "levels":
+            source = torch.cat([self.level_projection(level.to(dtype)) for level in levels], dim=-1)
         else:
             source = last if self.selector_input == "last" else levels[int(self.selector_input)]
-        scores = self.projection(source.to(self.projection.weight.dtype))
+        scores = self.projection(source.to(dtype))
         weights = scores.float().softmax(-1)
         return mix(levels, weights), weights
 
@@ -658,6 +665,13 @@ def keep_level(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any)
     """
     if "levels" in kwargs:
         kwargs["levels"].append(first(output))
+
+
+def perceptron(size: int, hidden_size: int | None, output_size: int) -> nn.Module:
+    """A linear map, or one with a hidden layer."""
+    if hidden_size is None:
+        return nn.Linear(size, output_size)
+    return nn.Sequential(nn.Linear(size, hidden_size), nn.GELU(), nn.Linear(hidden_size, output_size))
 
 
 def mix(levels: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -217,6 +217,7 @@ class Trainer:
             "flops": state.flops,
             "seconds": state.seconds,
             "skipped_steps": state.skipped_steps,
+            "validation_losses": self._validation_losses(),
         }
         shutil.rmtree(aside, ignore_errors=True)
         try:
@@ -231,6 +232,12 @@ class Trainer:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return final
+
+    def _validation_losses(self) -> list[dict[str, float | None]]:
+        """Loss of each task at the end of each stage, as the metrics have it."""
+        path = self.output / METRICS_FILE
+        ends = {line["stage"]: line for line in read_metrics(path)} if path.exists() else {}
+        return [{task: line.get(f"validation_{task}_loss") for task in self._validation} for line in ends.values()]
 
     # ---- one step
 
