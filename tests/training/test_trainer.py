@@ -113,6 +113,42 @@ def test_micro_batches_change_nothing_but_rounding(tiny_world, tmp_path, whole_r
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("setting", ["compile", "gradient_checkpointing"])
+def test_compiling_and_checkpointing_change_nothing_but_rounding(tiny_world, tmp_path, whole_run, setting, monkeypatch):
+    compile_layers = SmolTolkForCausalLM.compile_layers
+    compiled = []
+
+    def with_a_quick_backend(model):
+        compiled.append(True)
+        compile_layers(model, backend="aot_eager")
+
+    monkeypatch.setattr(SmolTolkForCausalLM, "compile_layers", with_a_quick_backend)
+    torch.compiler.reset()
+    run(tiny_recipe(tiny_world, tmp_path, **{setting: True}))
+    assert compiled == [True] * (setting == "compile")
+    for ours, theirs in zip(curve(tmp_path), curve(whole_run), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
+
+
+def test_a_model_that_shall_switch_learns_the_switch_too(tiny_world, tmp_path, whole_run):
+    settings = tiny_recipe(tiny_world, tmp_path)
+    settings["model"] |= {"predict_switch": True, "rope_theta": 5e4, "max_position_embeddings": 300}
+    model = SmolTolkForCausalLM.from_pretrained(run(settings))
+    assert model.config.predict_switch
+    assert model.config.max_position_embeddings == 300
+    more = [
+        ours["text_labels"] + ours["speech_labels"] - theirs["text_labels"] - theirs["speech_labels"]
+        for ours, theirs in zip(curve(tmp_path), curve(whole_run), strict=True)
+    ]
+    assert all(count > 0 for count in more[:4])  # stage 1 is interleaved; stage 2 may draw no switch
+    assert min(more) >= 0
+    for line in curve(tmp_path):
+        labels = line["text_labels"] + line["speech_labels"]
+        total = sum((line[f"{m}_loss"] or 0) * line[f"{m}_labels"] for m in ("text", "speech"))
+        assert line["loss"] == pytest.approx(total / labels, rel=1e-5)
+
+
 def test_early_fusion_sees_the_same_rows(tiny_world, tmp_path, whole_run):
     settings = tiny_recipe(tiny_world, tmp_path)
     settings["model"] = {"backbone": settings["model"]["backbone"], **EARLY_FUSION}

@@ -534,6 +534,11 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             is_unit = is_unit | is_switch & (source >= ids.speech_offset)
         return Targets(target, source, is_text, is_unit)
 
+    def count_labels(self, input_ids: Tensor, labels: Tensor) -> tuple[int, int]:
+        """Number of labels of the text head and of the unit head in full rows, both (batch, seq)."""
+        targets = self._targets(input_ids, labels, torch.ones_like(labels[:, 1:], dtype=torch.bool))
+        return int(targets.is_text.sum()), int(targets.is_unit.sum())
+
     def _add_losses(
         self,
         output: SmolTolkOutput,

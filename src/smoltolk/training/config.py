@@ -157,6 +157,8 @@ class Recipe(Strict):
         speech_tokenizer: folder of the speech tokenizer, kept with the trained model.
         vocoder: folder of the vocoder, kept with the trained model.
         attn_implementation: attention kernel, as transformers names them.
+        compile: whether to compile decoder layers (`torch.compile`): slow to start, then faster.
+        gradient_checkpointing: whether to compute layers again in the backward pass, for less memory.
         precision: "bf16" computes in bfloat16 with float32 master weights, "fp32" in float32.
         device: where to train; "auto" takes the accelerator if there is one.
         num_threads: CPU threads of this process, None for torch's own choice.
@@ -174,6 +176,8 @@ class Recipe(Strict):
     speech_tokenizer: str | None = None
     vocoder: str | None = None
     attn_implementation: str = "sdpa"
+    compile: bool = False
+    gradient_checkpointing: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     num_threads: PositiveInt | None = None
@@ -204,6 +208,8 @@ class Recipe(Strict):
                 "output",
                 "device",
                 "num_threads",
+                "compile",
+                "gradient_checkpointing",
                 "checkpoint",
                 "validation",
                 "speech_tokenizer",

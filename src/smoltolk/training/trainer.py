@@ -140,6 +140,12 @@ class Trainer:
             **settings,
         )
         model.set_attn_implementation(self.recipe.attn_implementation)
+        if self.recipe.gradient_checkpointing:
+            # Renamed in transformers 5.2x; the old name warns there.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable()
+        if self.recipe.compile:
+            model.compile_layers()
         return model
 
     def _check_companions(self) -> None:
@@ -170,6 +176,7 @@ class Trainer:
             policy=data.policy,
             split=split,
             max_positions=config.max_position_embeddings,
+            predict_switch=config.predict_switch,
             speech_fingerprint=config.speech_tokenizer["fingerprint"],
             text_fingerprint=config.text_tokenizer_fingerprint,
         )
@@ -248,7 +255,7 @@ class Trainer:
         stage = self.recipe.stages[index]
         torch.manual_seed(self.recipe.seed + state.step)  # dropout, where a backbone has it
         batch = self._sources[index].batch(self.recipe.seed, state.step, rows=stage.rows_per_step)
-        num_text, num_speech = self._count_labels(batch)
+        num_text, num_speech = self.model.count_labels(batch.input_ids, batch.labels)
         num_labels = max(1, num_text + num_speech)
         self.model.train()
         text_sum = speech_sum = loss_sum = 0.0
@@ -256,7 +263,7 @@ class Trainer:
             part = batch.select(slice(start, start + stage.rows_per_micro_batch))
             output = self._forward(part, num_labels)
             output.loss.backward()
-            part_text, part_speech = self._count_labels(part)
+            part_text, part_speech = self.model.count_labels(part.input_ids, part.labels)
             loss_sum += output.loss.item()
             text_sum += output.text_loss.item() * part_text if part_text else 0.0
             speech_sum += output.speech_loss.item() * part_speech if part_speech else 0.0
@@ -308,12 +315,6 @@ class Trainer:
                 num_items_in_batch=num_labels,
             )
 
-    def _count_labels(self, batch: Batch) -> tuple[int, int]:
-        """Number of text and of speech labels that the loss counts."""
-        target = batch.labels[:, 1:]
-        is_text = (target >= 0) & (target < self.model.ids.text_vocab_size)
-        return int(is_text.sum()), int((target >= self.model.ids.speech_offset).sum())
-
     def _count_skipped(self, state: RunState, batch: Batch) -> None:
         state.skipped_steps += 1
         if state.skipped_steps > self.recipe.max_skipped_steps:
@@ -332,11 +333,11 @@ class Trainer:
         size = self.recipe.stages[-1].rows_per_micro_batch
         for task, batch in self._validation.items():
             total = 0.0
-            num_labels = max(1, sum(self._count_labels(batch)))
+            num_labels = max(1, sum(self.model.count_labels(batch.input_ids, batch.labels)))
             for start in range(0, len(batch), size):
                 part = batch.select(slice(start, start + size))
                 output = self._forward(part)
-                num_text, num_speech = self._count_labels(part)
+                num_text, num_speech = self.model.count_labels(part.input_ids, part.labels)
                 total += output.text_loss.item() * num_text if num_text else 0.0
                 total += output.speech_loss.item() * num_speech if num_speech else 0.0
             losses[f"validation_{task}_loss"] = finite(total / num_labels)
