@@ -147,3 +147,8 @@ def test_a_cache_of_another_model_is_refused():
     bare = small.lm(ids.clamp(max=9), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="past_key_values has 3 layers and comes from another model"):
         small(ids[:, :1], past_key_values=bare)
+
+
+def test_continuous_batching_is_refused(model):
+    with pytest.raises(NotImplementedError, match="use generate with rows padded on the left"):
+        model.generate_batch([[1, 2, 3]])

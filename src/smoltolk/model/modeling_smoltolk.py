@@ -290,6 +290,14 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
         self._share_attn_implementation()
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Not supported: requests that share one paged row have no segments of their own in the adapters.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("generate_batch is not supported: use generate with rows padded on the left")
+
     def _share_attn_implementation(self) -> None:
         """Gives the adapters the backbone's kind of attention."""
         kind = self.lm.config._attn_implementation
