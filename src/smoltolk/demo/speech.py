@@ -1,6 +1,7 @@
 """The miniature's speech: stories and cloze items spoken by espeak-ng, as units."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -84,7 +85,13 @@ def speak_units(
     spoken: list[SpokenUnits] = []
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     with pool:
-        for block in pool.map(_speak_block, blocks, [tokenizer_folder] * len(blocks)):
+        # Processes inherit what is blocked when they are started: Ctrl-C is this process's, which stops the pool.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            made = pool.map(_speak_block, blocks, [tokenizer_folder] * len(blocks))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for block in made:
             spoken += block
             if progress is not None:
                 progress(len(block))
