@@ -1,0 +1,81 @@
+import argparse
+
+import pytest
+import torch
+from benchmarks import generate, profile_step, train_step
+from benchmarks.reference import ReferenceModel
+from benchmarks.workload import EARLY_FUSION, interleaved_rows
+from tests.conftest import mixed_ids, tiny_model
+
+TINY = ["--size", "tiny", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _keeps_random_state():
+    with torch.random.fork_rng():
+        yield
+
+
+def table_rows(text):
+    """First cells of the rows of all tables."""
+    return [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_training_benchmark_reports_equal_losses_and_a_row_for_each_shape_and_precision(capsys):
+    train_step.main([*TINY, "--shapes", "2x96", "1x160", "--repeats", "1", "--measure", "speed", "--optimizer"])
+    text = capsys.readouterr().out
+    assert text.count("losses equal the reference's in fp32 within 1e-4") == 2
+    assert table_rows(text) == ["shape", "2x96", "2x96", "1x160", "1x160"]
+
+
+def test_peak_memory_of_a_variant_is_measured_above_the_built_model():
+    options = argparse.Namespace(size="tiny", device="cpu", threads=None, attention="sdpa", compile=False)
+    peaks = [train_step.peak_memory(name, options, 4, 512, "fp32") for name in ("early fusion", "reference")]
+    assert all(peak >= 0 for peak in peaks)
+
+
+def test_the_generation_benchmark_reports_equal_tokens_and_a_row_for_each_context(capsys):
+    lengths = ["--prompt-tokens", "40", "--new-tokens", "6", "--contexts", "32", "64", "--timed-tokens", "2"]
+    generate.main([*TINY, "--repeats", "1", "--batches", "1", "2", *lengths])
+    text = capsys.readouterr().out
+    assert text.count("the same 6 tokens with and without a cache") == 2
+    assert table_rows(text) == ["batch", "1", "2", "batch", "1", "1", "batch", "2", "2"]
+
+
+def test_the_profile_gives_every_part_of_the_model_a_share(capsys):
+    profile_step.main([*TINY, "--shape", "2x96", "--dtype", "fp32"])
+    rows = table_rows(capsys.readouterr().out)
+    assert {"backbone", "input adapter", "layer mix", "output adapter", "optimizer"} <= set(rows)
+    assert {"text head, cross-entropy", "unit head, embeddings, rest"} <= set(rows)
+
+
+def test_the_reference_has_the_losses_and_gradients_of_the_model():
+    model = tiny_model().train()
+    input_ids = mixed_ids(ids=model.ids)
+    gradients = []
+    for variant in (model, ReferenceModel(model)):
+        model.zero_grad()
+        output = variant(input_ids, labels=input_ids)
+        output.loss.backward()
+        gradients.append([output.loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for own, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_reference_refuses_other_settings():
+    with pytest.raises(ValueError, match="layer_mixing is 'last'"):
+        ReferenceModel(tiny_model(**EARLY_FUSION))
+
+
+def test_rows_hold_as_much_text_as_speech_and_predict_no_switch():
+    ids = tiny_model().ids
+    input_ids, labels = interleaved_rows(ids, 16, 512)
+    share = (input_ids >= ids.speech_offset).float().mean()
+    assert 0.4 < share < 0.6
+    assert torch.equal(labels == -100, input_ids == ids.switch_id)
+
+
+def test_a_shape_of_another_form_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        train_step.main([*TINY, "--shapes", "512"])
+    assert "'512' is not of the form 2x512" in capsys.readouterr().err
