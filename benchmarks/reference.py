@@ -1,7 +1,5 @@
 """The paper's equations as one would write them first: what the benchmarks compare with."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,10 +36,9 @@ class ReferenceModel(nn.Module):
         model, ids = self.model, self.model.ids
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         embeds = self._embed(input_ids)  # (batch, seq, dim)
-        rotary = {"position_ids": positions, "position_embeddings": model.body.rotary_emb(embeds, positions)}
 
         is_speech = input_ids >= ids.speech_offset
-        composed = self._input_adapter(embeds, is_speech, rotary)
+        composed = self._input_adapter(embeds, is_speech, positions)
         fused = torch.where(is_speech[..., None], composed.to(embeds.dtype), embeds)
         levels = model.body(inputs_embeds=fused, use_cache=False, output_hidden_states=True).hidden_states[1:]
 
@@ -51,7 +48,7 @@ class ReferenceModel(nn.Module):
         weights = selector.projection(average).float().softmax(-1)  # (batch, seq, L)
         speech = (stack * weights.movedim(-1, 0)[..., None]).sum(0) + embeds
         causal = create_causal_mask(model.lm.config, embeds, None, None, positions)
-        speech = model.output_adapter(speech.to(embeds.dtype), attention_mask=causal, **rotary)
+        speech = model.output_adapter(speech.to(embeds.dtype), causal, positions)
 
         text_logits = model.lm.get_output_embeddings()(levels[-1])  # (batch, seq, text vocabulary)
         unit_logits = F.linear(speech, model.unit_embeddings.weight)  # (batch, seq, unit vocabulary)
@@ -74,23 +71,17 @@ class ReferenceModel(nn.Module):
         embeds = torch.where((input_ids >= ids.text_vocab_size)[..., None], control, embeds)
         return torch.where((input_ids >= ids.speech_offset)[..., None], units, embeds)
 
-    def _input_adapter(self, embeds: Tensor, is_speech: Tensor, rotary: dict[str, Any]) -> Tensor:
+    def _input_adapter(self, embeds: Tensor, is_speech: Tensor, positions: Tensor) -> Tensor:
         """All positions under a dense mask that parts the runs of speech, (batch, 1, seq, seq)."""
         seq = embeds.shape[1]
         run = (is_speech[:, 1:] != is_speech[:, :-1]).cumsum(1)
         run = F.pad(run, (1, 0))  # (batch, seq)
         causal = torch.ones(seq, seq, dtype=torch.bool, device=embeds.device).tril()
         mask = ((run[:, :, None] == run[:, None]) & causal)[:, None]
-        config = self.model.stack_config
-        attention = config._attn_implementation
-        if attention == "eager":
+        adapter = self.model.input_adapter
+        if adapter.config._attn_implementation == "eager":
             mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
-        else:
-            config._attn_implementation = "sdpa"  # the one kernel that takes any dense mask
-        try:
-            return self.model.input_adapter(embeds, attention_mask=mask, **rotary)
-        finally:
-            config._attn_implementation = attention
+        return adapter(embeds, mask, positions)
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, is_counted: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def measure_speed(options: argparse.Namespace) -> None:
     """Times the variants in turn and prints the ratio of each round."""
     models = make_variants(options)
     ours = models["ours"]
-    parameters = list({*ours.parameters(), *models["early fusion"].parameters()})
+    parameters = list({parameter for model in models.values() for parameter in model.parameters()})
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True) if options.optimizer else None
     is_cuda = torch.device(options.device).type == "cuda"
     rows = []
@@ -105,10 +105,11 @@ def measure_memory(options: argparse.Namespace) -> None:
 
 
 def make_variants(options: argparse.Namespace) -> dict[str, nn.Module]:
-    """The three variants on one and the same backbone."""
+    """The three variants on one and the same backbone; compiled ones keep it to themselves."""
     ours, early = make_model(options), make_model(options, early_fusion=True)
     early.lm = ours.lm
-    return {"ours": ours.train(), "reference": ReferenceModel(ours).train(), "early fusion": early.train()}
+    plain = make_model(options, compiled=False) if options.compile else ours  # the same weights, by its seed
+    return {"ours": ours.train(), "reference": ReferenceModel(plain).train(), "early fusion": early.train()}
 
 
 def training_step(
@@ -173,7 +174,7 @@ def peak_memory(name: str, options: argparse.Namespace, batch: int, seq: int, dt
         torch.set_num_threads(options.threads)
     for size in ("tiny", options.size):
         sized = argparse.Namespace(**vars(options) | {"size": size})
-        model = make_model(sized, early_fusion=name == "early fusion").train()
+        model = make_model(sized, early_fusion=name == "early fusion", compiled=name != "reference").train()
         input_ids, labels = (ids.to(options.device) for ids in interleaved_rows(model.ids, batch, seq))
         step = training_step(ReferenceModel(model) if name == "reference" else model, input_ids, labels, options, dtype)
         before = reset_peak(options.device)
