@@ -365,21 +365,16 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config.get_text_config())
         num_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         self._check_length(num_seen + input_ids.shape[1])
-        is_first = torch.zeros_like(input_ids, dtype=torch.bool)  # of a document, in a row that packs several
+        body_mask, attention_mask = self._masks(attention_mask)
+        is_real = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            self._check_mask(attention_mask)
+            is_real = attention_mask[:, -input_ids.shape[1] :].bool()
+        is_first = torch.zeros_like(is_real)  # of a document, in a row that packs several
         if position_ids is None:
-            assert not isinstance(attention_mask, dict)
             position_ids = default_positions(input_ids, attention_mask, num_seen)
         else:
             is_first[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
-        is_real = torch.ones_like(input_ids, dtype=torch.bool)
-        body_mask = attention_mask
-        if isinstance(attention_mask, dict):  # `generate` makes one for each kind of attention, with a static cache
-            has_kinds = getattr(self.config.lm_config, "layer_types", None) is not None
-            body_mask = attention_mask if has_kinds else attention_mask["sliding_attention"]
-            attention_mask = attention_mask["full_attention"]
-        elif attention_mask is not None and attention_mask.ndim == 2:
-            self._check_mask(attention_mask)
-            is_real = attention_mask[:, -input_ids.shape[1] :].bool()
         is_speech = (input_ids >= self.ids.speech_offset) & is_real
 
         embeds = self._embed(input_ids)  # (batch, seq, dim)
@@ -424,6 +419,19 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         if output_hidden_states:
             output.hidden_states = (fused, *levels)
         return output
+
+    def _masks(
+        self, attention_mask: Tensor | dict[str, Tensor] | None
+    ) -> tuple[Tensor | dict[str, Tensor] | None, Tensor | None]:
+        """The mask for the backbone and that for the adapters, which attend to everything.
+
+        With a static cache `generate` makes one mask for each kind of attention among all layers.
+        """
+        if not isinstance(attention_mask, dict):
+            return attention_mask, attention_mask
+        has_kinds = getattr(self.config.lm_config, "layer_types", None) is not None
+        body_mask = attention_mask if has_kinds else attention_mask["sliding_attention"]
+        return body_mask, attention_mask["full_attention"]
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """e_t: the raw embedding of every id, (batch, seq) → (batch, seq, dim)."""
