@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.conftest import mixed_ids, tiny_lm_config, tiny_model
+from tests.generation.test_generation import left_padded, prompt_that_ends_in
 from tests.model.test_backbones import family_model
 from transformers import CompileConfig, DynamicCache, LogitsProcessorList
 
@@ -14,17 +15,14 @@ NEW = 12
 
 
 def prompts(model, padded=True):
-    """Three rows that end in text, in speech and in a switch, padded on the left; with their mask."""
-    ids = model.ids
-    rows = [mixed_ids(seed=s, ids=ids, batch=1, seq=n)[0].tolist() for s, n in enumerate((20, 13, 17))]
-    rows[0][-3:] = [5, 6, 7] if rows[0][-4] < ids.text_vocab_size else [ids.switch_id, 6, 7]
-    rows[1][-4:] = [7, ids.switch_id, ids.speech_offset + 3, ids.speech_offset + 4]
-    rows[2][-3:] = [ids.speech_offset + 1, ids.speech_offset + 4, ids.switch_id]
+    """Three rows that end in text, in speech and in a switch, padded on the left with speech; with their mask."""
+    ends = ("text", "speech", "switch")
+    rows = [prompt_that_ends_in(end, model.ids, seed, (20, 13, 17)[seed]) for seed, end in enumerate(ends)]
+    rows[2][0] = model.ids.speech_offset + 4  # padding of speech before a row that begins with speech
     if not padded:
         return [torch.tensor([row]) for row in rows]
-    length = max(map(len, rows))
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return torch.tensor([[0] * (length - len(row)) + row for row in rows]), mask
+    ids, mask = left_padded(rows)
+    return ids.masked_fill(mask == 0, model.ids.speech_offset + 1), mask
 
 
 def generate(model, ids, mask=None, **settings):
@@ -55,8 +53,8 @@ def test_greedy_decoding_of_a_padded_batch_equals_each_row_alone_without_a_cache
     with torch.no_grad():
         found = generate(model, ids, mask, disable_compile=True, **settings)[:, ids.shape[1] :]
     assert found.tolist() == uncached(model, prompts(model, padded=False)).tolist()
-    assert (found[1:2] >= model.ids.speech_offset).all()
-    assert (found[[0, 2]] < model.ids.text_vocab_size).all()
+    assert (found[1] >= model.ids.speech_offset).all()
+    assert (found[0] < model.ids.text_vocab_size).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text, mixed"])
@@ -100,11 +98,26 @@ def test_beams_do_not_depend_on_the_cache(family):
     assert not torch.equal(cached[::2], generate(model, ids, mask))  # beams that differ from greedy
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "granite"])
+def test_beams_are_compared_by_probabilities_over_the_rows_own_block():
+    model = tiny_model()
+    ids, mask = prompts(model)
+    found = generate(model, ids, mask, num_beams=3, output_scores=True, return_dict_in_generate=True)
+    for row, score, prompt in zip(found.sequences, found.sequences_scores, prompts(model, padded=False), strict=True):
+        new = row[ids.shape[1] :]
+        whole = torch.cat([prompt[0], new])
+        is_speech = bool(new[0] >= model.ids.speech_offset)
+        block = slice(model.ids.speech_offset, None) if is_speech else slice(0, model.ids.text_vocab_size)
+        with torch.no_grad():
+            steps = model(whole[None]).logits[0, len(prompt[0]) - 1 : -1, block].log_softmax(-1)
+        own = steps.gather(1, (new - (model.ids.speech_offset if is_speech else 0))[:, None]).mean()
+        assert score.item() == pytest.approx(own.item(), abs=1e-4)
+
+
+@every_backbone
 def test_prompt_lookup_gives_the_greedy_answer(family):
     model = family_model(family)
     for row in prompts(model, padded=False):
-        row = torch.cat([row[:, -9:], row, row], 1)  # something to look up
+        row = torch.cat([row[:, -9:], row, row], 1)  # something to look up; modalities may meet without a switch
         expected = generate(model, row, use_cache=False)
         assert torch.equal(generate(model, row, prompt_lookup_num_tokens=3), expected)
 
@@ -152,3 +165,39 @@ def test_a_cache_of_another_model_is_refused():
 def test_continuous_batching_is_refused(model):
     with pytest.raises(NotImplementedError, match="use generate with rows padded on the left"):
         model.generate_batch([[1, 2, 3]])
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"max_new_tokens": 1}])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([1, 1, 1, 0], "ends in 0: pad prompts on the left"),
+        ([1, 0, 1, 1], "a hole in row 1"),
+        ([0, 0, 0, 0], "ends in 0: pad prompts on the left"),
+    ],
+)
+def test_prompts_are_checked_whatever_the_cache(model, settings, mask, message):
+    ids = torch.tensor([[5, 6, 7, 8]] * 2)
+    with pytest.raises(ValueError, match=message):
+        generate(model, ids, torch.tensor([[1] * 4, mask]), **settings)
+
+
+def test_an_empty_prompt_is_refused(model):
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        model.generate(nothing)
+    with pytest.raises(ValueError, match="input_ids are empty"):
+        model(nothing)
+
+
+def test_generation_ends_at_the_end_of_either_modality_by_itself(model):
+    ends = [model.ids.end_of_text_id, model.ids.end_of_speech_id]
+    assert model.generation_config.eos_token_id == ends
+    prompt = torch.tensor([prompt_that_ends_in("speech", model.ids)])
+    rows = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        rows.append(model.generate(prompt, do_sample=True, temperature=5.0, max_new_tokens=60, pad_token_id=0)[0])
+    assert any(row[-1] == model.ids.end_of_speech_id for row in rows)
+    for row in rows:
+        assert not torch.isin(row[len(prompt[0]) : -1], torch.tensor(ends)).any()

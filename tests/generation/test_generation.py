@@ -85,6 +85,33 @@ def test_the_end_token_ends_a_row_and_is_left_out():
     assert 0 < sum(ends_at_once) < len(prompts)
 
 
+def test_sampling_leaves_the_generator_of_torch_alone_and_does_not_hear_other_threads(pipeline):
+    expected = pipeline("w1", to="text", max_new_tokens=20, min_new_tokens=20, seed=5).text
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    torch.manual_seed(0)
+    stream = pipeline.stream("w1", to="text", max_new_tokens=20, min_new_tokens=20, seed=5)
+    heard = next(stream).text
+    assert torch.rand(1) == first
+    assert heard + "".join(piece.text for piece in stream) == expected
+
+
+def test_samples_follow_the_probabilities(model):
+    prompt = torch.tensor([[5]] * 600)
+    with torch.no_grad():
+        probabilities = (model(prompt[:1]).logits[0, -1, : model.ids.text_vocab_size] / 3).softmax(0)
+    for settings, kept in (({}, 50), ({"top_k": 3}, 3)):
+        new = continue_ids(model, prompt, max_new_tokens=1, min_new_tokens=1, temperature=3.0, seed=1, **settings)
+        counts = torch.bincount(torch.tensor(new).flatten(), minlength=model.ids.text_vocab_size)
+        expected = probabilities.clone()
+        expected[model.ids.end_of_text_id] = 0
+        expected[expected < expected.topk(kept).values[-1]] = 0
+        expected /= expected.sum()
+        assert (counts[expected == 0] == 0).all()
+        deviation = (counts / 600 - expected).abs() / (expected * (1 - expected) / 600 + 1e-9).sqrt()
+        assert deviation.max() < 4.5
+
+
 def test_seeds_decide_what_is_sampled(pipeline):
     def say(seed):
         return pipeline("w1 w2 w3", to="text", max_new_tokens=12, min_new_tokens=12, seed=seed).text
@@ -160,10 +187,10 @@ class LoudVocoder:
         for unit in units:
             chunk.append(unit)
             if len(chunk) == chunk_units:
-                yield self.decode(np.array(chunk))
+                yield np.array(chunk), self.decode(np.array(chunk))
                 chunk = []
         if chunk:
-            yield self.decode(np.array(chunk))
+            yield np.array(chunk), self.decode(np.array(chunk))
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 4}])

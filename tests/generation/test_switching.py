@@ -16,7 +16,7 @@ def switching():
 
 
 def runs(tokens, ids):
-    """Lengths of the runs of a continuation, with whether they are speech."""
+    """Lengths of the runs of a continuation."""
     found, length = [], 0
     for token in [*tokens, None]:
         if token is None or token == ids.switch_id:
@@ -30,12 +30,12 @@ def runs(tokens, ids):
 def test_the_switch_is_scored_by_the_head_of_the_modality_it_ends(switching):
     ids = mixed_ids(ids=switching.ids)
     with torch.no_grad():
-        output = switching(ids, labels=ids, return_logits=True, return_label_losses=True)
+        output = switching(ids, labels=ids, return_logits=True, return_token_losses=True)
     offset, switch = switching.ids.speech_offset, switching.ids.switch_id
     assert torch.isneginf(output.logits[..., [switching.ids.bop_id, switching.ids.eop_id]]).all()
     assert torch.equal(torch.isneginf(output.logits[..., switch]), ids == switch)
     checked = 0
-    for row, losses, logits in zip(ids.tolist(), output.label_losses, output.logits, strict=True):
+    for row, losses, logits in zip(ids.tolist(), output.token_losses, output.logits, strict=True):
         for t in range(len(row) - 1):
             source, label = row[t], row[t + 1]
             is_speech = label >= offset or (label == switch and source >= offset)
@@ -72,7 +72,7 @@ def test_predicting_the_switch_teaches_all_parameters_the_same_with_and_without_
 
 def test_without_the_setting_the_switch_is_neither_predicted_nor_generated(model):
     ids = mixed_ids(ids=model.ids)
-    assert not model(ids, labels=ids, return_label_losses=True).label_losses[ids == model.ids.switch_id].any()
+    assert not model(ids, labels=ids, return_token_losses=True).token_losses[ids == model.ids.switch_id].any()
     with pytest.raises(ValueError, match="does not predict the switch: train with predict_switch"):
         continue_ids(model, ids[:, :1], max_new_tokens=2, can_switch=True)
 
@@ -133,8 +133,17 @@ def test_prompts_that_make_no_sense_are_refused(model, prompt, message):
 
 def test_padding_on_the_right_is_refused(model):
     ids = torch.tensor([[5, 6, 0]])
-    with pytest.raises(ValueError, match="prompts are padded on the left"):
+    with pytest.raises(ValueError, match="pad prompts on the left"):
         continue_ids(model, ids, torch.tensor([[1, 1, 0]]), max_new_tokens=3)
+
+
+def test_what_a_prompt_is_padded_with_changes_nothing(model):
+    switch, unit = model.ids.switch_id, model.ids.speech_offset + 2
+    alone = continue_ids(model, torch.tensor([[switch]]), max_new_tokens=4, temperature=0)
+    padded = continue_ids(
+        model, torch.tensor([[unit, switch]]), torch.tensor([[0, 1]]), max_new_tokens=4, temperature=0
+    )
+    assert padded == alone
 
 
 def test_a_switch_alone_leads_to_speech(model):

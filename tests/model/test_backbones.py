@@ -148,3 +148,14 @@ def test_a_later_token_changes_nothing_and_gradients_reach_every_parameter(famil
         torch.testing.assert_close(model(ids).logits[:, :20], model(other).logits[:, :20])
     model.train()(ids, labels=ids).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
+
+
+def test_long_text_does_not_stretch_the_rotary_positions_of_short_speech():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.0, 1.5]}
+    config = AutoConfig.for_model("phi3", **SIZES, original_max_position_embeddings=16, rope_scaling=rope)
+    model = tiny_model(lm_config=config)
+    ids = torch.tensor(
+        [[*range(1, 41), model.ids.switch_id, *range(model.ids.speech_offset, model.ids.speech_offset + 9)]]
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=True).logits, model(ids).logits, atol=1e-4, rtol=1e-4)

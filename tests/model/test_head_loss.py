@@ -46,6 +46,29 @@ def test_a_frozen_head_and_a_frozen_body_get_no_gradient():
         assert tensors[1 - frozen].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("frozen", [(), (0, 1)])
+def test_one_more_id_is_one_more_column(frozen):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.tensor([0, 3, 2, 3])  # 3 is the id that the head does not have
+    found = []
+    for is_plain in (False, True):
+        generator.manual_seed(1)
+        tensors = [torch.randn(*shape, generator=generator) for shape in ((4, 5), (3, 5), (4,))]
+        tensors[2][0] = float("-inf")
+        for i, tensor in enumerate(tensors):
+            tensor.requires_grad_(i not in frozen)
+        hidden, weight, more = tensors
+        if is_plain:
+            total = F.cross_entropy(torch.cat([hidden @ weight.T, more[:, None]], 1), target, reduction="sum")
+        else:
+            total, _ = head_loss(hidden, weight, target, more)
+        total.backward()
+        found.append([total.detach(), *(t.grad for t in tensors if t.grad is not None)])
+    assert len(found[0]) == 4 - len(frozen)
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_the_gradient_can_be_taken_once():
     hidden = torch.randn(2, 4, requires_grad=True)
     total, _ = head_loss(hidden, torch.randn(3, 4), torch.tensor([0, 2]))
@@ -55,9 +78,11 @@ def test_the_gradient_can_be_taken_once():
 
 
 def test_a_model_of_low_precision_trains():
-    model = tiny_model().to(torch.bfloat16).train()
+    model = tiny_model()
     ids = mixed_ids(ids=model.ids)
-    output = model(ids, labels=ids)
+    expected = model(ids, labels=ids).loss
+    output = model.to(torch.bfloat16).train()(ids, labels=ids)
     output.loss.backward()
     assert output.loss.dtype == torch.float32
-    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    torch.testing.assert_close(output.loss, expected, atol=0.05, rtol=0.05)
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters())

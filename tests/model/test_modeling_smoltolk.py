@@ -180,13 +180,17 @@ def test_micro_batches_add_up_to_the_loss_of_the_whole(weight):
             model(i, labels=y, num_items_in_batch=num_labels).loss
             for i, y in zip(ids.split(1), labels.split(1), strict=True)
         ]
+        expected = whole.loss
         if weight:  # the entropy is a mean over positions, weighted by each part's share of labels
             plain = tiny_model()
             plain.load_state_dict(model.state_dict())
-            ce = plain(ids, labels=labels).loss
-            assert sum(parts) < ce
-        else:
-            torch.testing.assert_close(sum(parts), whole.loss)
+            expected = plain(ids, labels=labels).loss
+            for i, y in zip(ids.split(1), labels.split(1), strict=True):
+                num_text, num_units = model.count_labels(i, y)
+                w = model(i).layer_weights
+                entropy = -(w * w.log()).sum(-1).mean() * (num_units > 0)
+                expected -= weight * (num_text + num_units) / num_labels * entropy
+        torch.testing.assert_close(sum(parts), expected)
 
 
 def test_saving_and_loading_gives_the_same_model(tmp_path):
@@ -251,6 +255,11 @@ def test_a_sequence_longer_than_the_backbones_positions_is_refused(model):
         ({"selector_level_size": 4}, "selector_input is 'static' and selector_level_size is 4"),
         ({"selector_level_hidden_size": 4}, "selector_level_hidden_size is 4 without"),
         ({"layer_mixing": "last", "selector_entropy_weight": 0.1}, "selector_entropy_weight is 0.1"),
+        ({"selector_entropy_weight": -0.1}, "selector_entropy_weight is -0.1"),
+        (
+            {"layer_mixing": "static", "selector_input": "last"},
+            "selector_input is 'last', but layer_mixing is 'static'",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings, field):
@@ -261,3 +270,8 @@ def test_settings_out_of_range_are_refused_by_name(settings, field):
 def test_an_end_of_text_outside_of_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="end_of_text_id is 10"):
         IdSpace(text_vocab_size=10, num_units=5, end_of_text_id=10)
+
+
+def test_a_backbone_without_an_end_of_text_is_refused():
+    with pytest.raises(ValueError, match="lm_config has no eos_token_id"):
+        SmolTolkConfig(lm_config=tiny_lm_config(eos_token_id=None))

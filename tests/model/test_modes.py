@@ -37,16 +37,21 @@ def test_packed_documents_equal_separate_ones(family, attention):
     documents[1][0, :3] = torch.tensor([unit + 3, unit + 1, unit + 1])  # and at the beginning of the next
     packed = torch.cat(documents, 1)
     positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
-    labels_in_all = sum(model(d, labels=d, return_logits=False).loss is not None for d in documents)
-    assert labels_in_all == 3
     with torch.no_grad():
-        found = model(packed, position_ids=positions, labels=packed, return_logits=True, return_label_losses=True)
-        alone = [model(d, labels=d, return_logits=True, return_label_losses=True) for d in documents]
+        found = model(packed, position_ids=positions, labels=packed, return_logits=True, return_token_losses=True)
+        alone = [model(d, labels=d, return_logits=True, return_token_losses=True) for d in documents]
     torch.testing.assert_close(found.logits, torch.cat([a.logits for a in alone], 1), atol=1e-4, rtol=1e-4)
-    losses = torch.cat([a.label_losses for a in alone], 1)
-    torch.testing.assert_close(found.label_losses, losses, atol=1e-4, rtol=1e-4)
+    losses = torch.cat([a.token_losses for a in alone], 1)
+    torch.testing.assert_close(found.token_losses, losses, atol=1e-4, rtol=1e-4)
     num_labels = (losses > 0).sum()
     torch.testing.assert_close(found.loss, losses.sum() / num_labels, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", [{"attention_mask": torch.ones(1, 6)}, {"use_cache": True}])
+def test_packed_documents_with_a_mask_or_a_cache_are_refused(model, inputs):
+    ids, positions = torch.arange(1, 7)[None], torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(ValueError, match="position_ids restart within a row, which packs documents"):
+        model(ids, position_ids=positions, **inputs)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
@@ -90,6 +95,15 @@ def test_a_compiled_model_is_saved_under_the_same_names(tmp_path):
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(SmolTolkForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, expected)
+
+
+def test_flex_attention_reaches_the_backbone_and_the_output_adapter():
+    model = tiny_model()
+    model.set_attn_implementation("flex_attention")
+    assert model.body.config._attn_implementation == "flex_attention"
+    assert model.output_adapter.config._attn_implementation == "flex_attention"
+    assert model.input_adapter.config._attn_implementation == "sdpa"
+    assert model._supports_flash_attn
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -154,7 +168,9 @@ def test_the_trainer_of_transformers_trains_it_with_the_loss_of_all_micro_batche
             disable_tqdm=True,
             save_strategy="no",
         )
-        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0
         trained.append({name: p.detach().clone() for name, p in model.named_parameters()})
     assert not torch.equal(trained[0]["unit_embeddings.weight"], start["unit_embeddings.weight"])
     for name, parameter in trained[0].items():
@@ -184,3 +200,43 @@ def test_padding_neither_predicts_nor_is_predicted(model):
     with torch.no_grad():
         expected, found = model(ids, labels=ids), model(padded, attention_mask=mask, labels=padded)
     torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_does_not_count_as_length():
+    model = tiny_model(lm_config=tiny_lm_config(max_position_embeddings=20))
+    ids = mixed_ids(ids=model.ids, batch=1, seq=20)
+    padded = torch.nn.functional.pad(ids, (7, 0), value=1)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (7, 0))
+    with torch.no_grad():
+        logits = model(padded, attention_mask=mask).logits
+        torch.testing.assert_close(logits[:, 7:], model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_tuples_attentions_and_hidden_states_come_when_asked_for():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    ids = mixed_ids(ids=model.ids)
+    with torch.no_grad():
+        output = model(ids, output_attentions=True, output_hidden_states=True)
+        assert torch.equal(model(ids, return_dict=False)[0], output.logits)
+    assert [a.shape for a in output.attentions] == [(2, 4, 40, 40)] * 3
+    assert len(output.hidden_states) == 4
+
+
+def test_a_selector_that_is_certain_has_a_gradient(model):
+    model = tiny_model(selector_entropy_weight=0.01).train()
+    with torch.no_grad():
+        model.layer_selector.projection.bias[0] = 200
+    ids = mixed_ids(ids=model.ids)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_moved_and_copied_arguments_reach_the_layers(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    parts = {name: "cpu" for name, _ in tiny_model().named_children()} | {"output_adapter": "disk"}
+    model = SmolTolkForCausalLM.from_pretrained(tmp_path / "model", device_map=parts, offload_folder=tmp_path)
+    ids = mixed_ids(ids=model.ids)
+    with torch.no_grad():
+        expected = SmolTolkForCausalLM.from_pretrained(tmp_path / "model")(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected)

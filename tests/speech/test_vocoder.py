@@ -55,12 +55,13 @@ def test_a_stream_says_the_same_in_chunks(
             heard.append(int(unit))
             yield int(unit)
 
-    pieces = []
-    for piece in vocoder.decode_stream(come(), chunk_units=chunk_units):
+    pieces, spoken = [], []
+    for some, piece in vocoder.decode_stream(come(), chunk_units=chunk_units):
         if not pieces and chunk_units < 24 < len(units):
             assert len(heard) < len(units)  # the first piece comes before the last unit
         pieces.append(piece)
-    assert heard == units.tolist()
+        spoken += some.tolist()
+    assert heard == spoken == units.tolist()
     whole = vocoder.decode(units)
     streamed = np.concatenate(pieces)
     assert streamed.dtype == np.float32

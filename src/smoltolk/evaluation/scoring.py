@@ -89,9 +89,9 @@ def score_candidates(
             input_ids.to(model.device),
             attention_mask=mask.to(model.device),
             labels=labels.to(model.device),
-            return_label_losses=True,
+            return_token_losses=True,
         )
-        sums = -output.label_losses.double().sum(1).cpu().numpy()
+        sums = -output.token_losses.double().sum(1).cpu().numpy()
         counts = (labels[:, 1:] >= 0).sum(1).numpy()
         scores[chosen] = sums / counts if protocol.length_norm == "mean" else sums
         if progress is not None:

@@ -184,23 +184,13 @@ class SmolTolkPipeline:
                 said = end
 
     def _stream_speech(self, tokens: Iterator[int], chunk_units: int) -> Iterator[Continuation]:
-        given: list[int] = []
-
-        def units() -> Iterator[int]:
-            for token in tokens:
-                given.append(token - self.model.ids.speech_offset)
-                yield given[-1]
-
+        units = (token - self.model.ids.speech_offset for token in tokens)
         if self.vocoder is None:
-            for unit in units():
+            for unit in units:
                 yield Continuation(units=np.array([unit], dtype=np.int64))
             return
-        done = 0
-        for audio in self.vocoder.decode_stream(units(), chunk_units=chunk_units):
-            end = min(done + chunk_units, len(given))
-            chunk = np.array(given[done:end], dtype=np.int64)
-            yield Continuation(units=chunk, audio=audio, sample_rate_hz=self.vocoder.sample_rate_hz)
-            done = end
+        for some, audio in self.vocoder.decode_stream(units, chunk_units=chunk_units):
+            yield Continuation(units=some, audio=audio, sample_rate_hz=self.vocoder.sample_rate_hz)
 
     def _room(self, ids: list[int]) -> int:
         room = self.model.config.max_position_embeddings - len(ids)

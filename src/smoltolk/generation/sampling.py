@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from smoltolk.model.configuration_smoltolk import IdSpace
@@ -64,7 +71,7 @@ class ModalityLogitsProcessor(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(batch, seen) ids, (batch, vocab_size) scores → scores with −inf where an id may not come."""
+        """(batch, seen) ids, (batch, vocab_size) scores → log-probabilities over the ids that may come, else −inf."""
         ids = self.ids
         column = torch.arange(scores.shape[1], device=scores.device)
         is_speech = next_is_speech(input_ids, ids)[:, None]
@@ -79,7 +86,24 @@ class ModalityLogitsProcessor(LogitsProcessor):
         allowed &= ~(is_last & (run < fewest))
         closing = (column == ids.switch_id) if self.can_switch else end
         allowed = torch.where(run >= most, closing & allowed, allowed)
-        return scores.masked_fill(~allowed, float("-inf"))
+        # Each block is normalised by itself, as in training: beams are compared by what comes out here.
+        return scores.masked_fill(~allowed, float("-inf")).log_softmax(-1)
+
+
+class Sampler(LogitsProcessor):
+    """Makes the best id a sample, by Gumbel noise from a generator of its own.
+
+    Args:
+        generator: where the noise comes from, on the scores' device; None for torch's own.
+    """
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(batch, seen) ids, (batch, vocab_size) logits → logits with noise."""
+        waiting = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=self.generator)
+        return scores - waiting.log()
 
 
 def _per_row(is_speech: Tensor, text: int | None, speech: int | None) -> Tensor:
@@ -162,7 +186,7 @@ def continue_ids(
         temperature: 0 takes the best id at each step, more samples.
         top_k: sample from the best so many only, 0 for all.
         top_p: sample from the smallest set of ids with this share of probability.
-        seed: seed of sampling; None leaves torch's generator as it is.
+        seed: seed of sampling, from a generator of its own; None samples from torch's.
         use_cache: whether to keep keys and values of what was seen.
         can_switch: whether the model may change the modality by itself; it must have learnt to
             (`SmolTolkConfig.predict_switch`).
@@ -187,29 +211,31 @@ def continue_ids(
         attention_mask = torch.ones_like(input_ids)
     if not input_ids.shape[1]:
         check_prompt([], ids)
-    if not attention_mask[:, -1].all():
-        raise ValueError("attention_mask ends in 0: prompts are padded on the left, so that all end at the same place")
     for row, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
         check_prompt([token for token, is_real in zip(row, mask, strict=True) if is_real], ids)
-    if seed is not None:
-        torch.manual_seed(seed)
+    input_ids = input_ids.masked_fill(attention_mask == 0, ids.end_of_text_id)
     ends = [ids.end_of_text_id, ids.end_of_speech_id]
-    sampling: dict[str, Any] = {"do_sample": False}
+    processors: list[LogitsProcessor] = []
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        # Noise of our own, not torch's: a seed decides the same in any thread, and nothing else changes.
+        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+        processors += [TopKLogitsWarper(top_k)] if top_k else []
+        processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        processors += [Sampler(generator)]
     steering = ModalityLogitsProcessor(ids, can_switch=can_switch, lengths=lengths, prompt_length=input_ids.shape[1])
-    output = model.generate(  # type: ignore[misc]
+    output = model.generate(
         input_ids,
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens or None,
         eos_token_id=ends,
         pad_token_id=ids.end_of_text_id,
-        logits_processor=LogitsProcessorList([steering]),
+        do_sample=False,
+        logits_processor=LogitsProcessorList([steering, *processors]),
         stopping_criteria=StoppingCriteriaList(stopping),
         streamer=streamer,
         use_cache=use_cache,
-        **sampling,
     )
     continuations = []
     for row in output[:, input_ids.shape[1] :].tolist():

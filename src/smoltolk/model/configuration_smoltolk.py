@@ -116,7 +116,13 @@ class SmolTolkConfig(PreTrainedConfig):
 
     model_type = "smoltolk"
     sub_configs = {"lm_config": AutoConfig}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values", "layer_weights"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "past_key_values",
+        "layer_weights",
+        "text_loss",
+        "speech_loss",
+        "token_losses",
+    ]
 
     lm_config: Any = None  # a PreTrainedConfig once made; a dict of its settings is taken too
     num_units: int = 500
@@ -146,8 +152,9 @@ class SmolTolkConfig(PreTrainedConfig):
         elif self.lm_config is None:
             self.lm_config = AutoConfig.for_model("llama")
         self._check()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            kwargs.setdefault(name, getattr(self.lm_config, name, None))
+        kwargs.setdefault("bos_token_id", getattr(self.lm_config, "bos_token_id", None))
+        kwargs.setdefault("eos_token_id", [self.ids.end_of_text_id, self.ids.end_of_speech_id])
+        kwargs.setdefault("pad_token_id", self.ids.end_of_text_id)
         if self.initializer_range is None:
             self.initializer_range = getattr(self.lm_config, "initializer_range", 0.02)
         super().__post_init__(**kwargs)
@@ -185,6 +192,13 @@ class SmolTolkConfig(PreTrainedConfig):
                 f"selector_level_hidden_size is {self.selector_level_hidden_size} without a selector_level_size: "
                 "give both, or None"
             )
+        if self.selector_entropy_weight < 0:
+            raise ValueError(f"selector_entropy_weight is {self.selector_entropy_weight}: give 0 or more")
+        if self.selector_input != "static" and self.layer_mixing != "selected":
+            raise ValueError(
+                f"selector_input is {self.selector_input!r}, but layer_mixing is {self.layer_mixing!r}: only "
+                "'selected' has a selector; leave selector_input at 'static'"
+            )
         if self.selector_entropy_weight and self.layer_mixing != "selected":
             raise ValueError(
                 f"selector_entropy_weight is {self.selector_entropy_weight}, but layer_mixing is "
@@ -197,10 +211,12 @@ class SmolTolkConfig(PreTrainedConfig):
         end_of_text = self.lm_config.eos_token_id
         if isinstance(end_of_text, list | tuple):
             end_of_text = end_of_text[0]
+        if end_of_text is None:
+            raise ValueError("lm_config has no eos_token_id: give the id of the token that ends a text")
         return IdSpace(
             text_vocab_size=self.lm_config.vocab_size,
             num_units=self.num_units,
-            end_of_text_id=0 if end_of_text is None else end_of_text,
+            end_of_text_id=end_of_text,
             num_reserved_speech_tokens=self.num_reserved_speech_tokens,
         )
 

@@ -64,23 +64,54 @@ class SmolTolkOutput(ModelOutput):
         loss: summed cross-entropy over the number of labels, minus the weighted selector entropy, ().
         text_loss: mean cross-entropy over text labels, (); NaN without text labels.
         speech_loss: mean cross-entropy over speech labels, (); NaN without speech labels.
-        label_losses: cross-entropy of each label, (batch, seq), at the label's own place and 0 where there is
+        token_losses: cross-entropy of each label, (batch, seq), at the label's own place and 0 where there is
             no label; when asked for.
         logits: scores of the next id over the whole id space, (batch, seq, vocab_size). The text and the
             speech block are normalised apart; control columns are −inf.
         layer_weights: how speech was mixed from the backbone's levels, (batch, seq, num_layers).
         past_key_values: one cache for backbone, output adapter and input adapter.
         hidden_states: the levels h⁰ … h^L of the backbone, each (batch, seq, dim), when asked for.
+        attentions: those of the backbone, when asked for.
     """
 
     loss: Tensor | None = None
     text_loss: Tensor | None = None
     speech_loss: Tensor | None = None
-    label_losses: Tensor | None = None
+    token_losses: Tensor | None = None
     logits: Tensor | None = None
     layer_weights: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class Levels:
+    """What `keep_level` collects the outputs of the backbone's layers in, in order.
+
+    An object and no list, so that what moves or copies arguments (FSDP2, offloading) leaves it alone.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """Cross-entropy of a batch's labels.
+
+    Args:
+        text: sum over the text head's labels, ().
+        speech: sum over the unit head's labels, ().
+        num_text: number of the text head's labels, ().
+        num_units: number of the unit head's labels, ().
+        tokens: loss of each label at its own place, (batch, seq), 0 where there is none; without gradient.
+    """
+
+    text: Tensor
+    speech: Tensor
+    num_text: Tensor
+    num_units: Tensor
+    tokens: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +242,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         check_backbone(config.lm_config)
         self.ids = config.ids
         self.lm = AutoModelForCausalLM.from_config(config.lm_config)
+        self._supports_flash_attn, self._supports_flex_attn = self.lm._supports_flash_attn, self.lm._supports_flex_attn
         num_layers = config.lm_config.num_hidden_layers
         num_in, num_out = config.num_input_adapter_layers, config.num_output_adapter_layers
 
@@ -231,8 +263,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         self.body_scale = getattr(self.body, "embedding_multiplier", 1.0)
         self.logits_scale = 1 / getattr(config.lm_config, "logits_scaling", 1.0)
         self.logits_cap = getattr(config.lm_config, "final_logit_softcapping", None)
-        self._share_attn_implementation()
         self._keep_levels()
+        self._share_attn_implementation()
         self.post_init()
 
     @classmethod
@@ -248,7 +280,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             name_or_path: the text LM, a folder or a hub name.
-            rope_theta: base of the rotary positions of all stacks, saved with the model; None for the LM's own.
+            rope_theta: base of the rotary positions of all stacks, saved with the model; None for the LM's own. Where
+                a family parts them by the kind of attention, that of full attention.
             max_position_embeddings: longest sequence, saved with the model; None for the LM's own.
             settings: fields of `SmolTolkConfig` other than `lm_config`.
 
@@ -266,7 +299,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(SmolTolkConfig(lm_config=lm.config, **settings))
         model.lm = lm
         model._keep_levels()
-        return model
+        return model.eval()
 
     @property
     def body(self) -> Any:
@@ -290,6 +323,21 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
         self._share_attn_implementation()
 
+    def generate(self, inputs: Tensor | None = None, *arguments: Any, **settings: Any) -> Any:
+        """As in transformers; prompts are padded on the left.
+
+        Raises:
+            ValueError: there is no prompt, or its mask has a hole or padding on the right.
+        """
+        prompt, mask = settings.get("input_ids") if inputs is None else inputs, settings.get("attention_mask")
+        if prompt is None or not prompt.shape[1]:
+            raise ValueError("the prompt is empty: give some text or speech to continue")
+        if mask is not None and mask.ndim == 2:
+            check_mask(mask)
+            if not mask[:, -1].all():
+                raise ValueError("attention_mask ends in 0: pad prompts on the left, so that all end at the same place")
+        return super().generate(inputs, *arguments, **settings)  # type: ignore[misc]
+
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Not supported: requests that share one paged row have no segments of their own in the adapters.
 
@@ -298,6 +346,10 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         """
         raise NotImplementedError("generate_batch is not supported: use generate with rows padded on the left")
 
+    def _keep_levels(self) -> None:
+        for layer in self.body.layers:
+            layer.register_forward_hook(keep_level, with_kwargs=True)
+
     def _share_attn_implementation(self) -> None:
         """Gives the adapters the backbone's kind of attention."""
         kind = self.lm.config._attn_implementation
@@ -305,10 +357,6 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         # The input adapter's segments need padding at most, which SDPA is as quick with as any other.
         needs_eager = kind == "eager" or not self.lm._supports_sdpa
         self.input_adapter.config._attn_implementation = "eager" if needs_eager else "sdpa"
-
-    def _keep_levels(self) -> None:
-        for layer in self.body.layers:
-            layer.register_forward_hook(keep_level, with_kwargs=True)
 
     def compile_layers(self, **options: Any) -> None:
         """Compiles every decoder layer of the backbone and the adapters, in place (`torch.compile`'s options).
@@ -329,7 +377,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
-        return_label_losses: bool = False,
+        return_token_losses: bool = False,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -348,14 +396,19 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: whether to return a cache.
             logits_to_keep: score only the last so many positions, 0 for all.
             return_logits: whether to compute logits; by default when there are no labels.
-            return_label_losses: whether to return the loss of each label.
+            return_token_losses: whether to return the loss of each label.
             output_hidden_states: whether to return the levels h⁰ … h^L.
             num_items_in_batch: number of labels to normalise the loss by; by default those of this batch.
-            kwargs: passed to the backbone.
+            kwargs: passed to the backbone; `return_dict=False` gives a tuple.
+
+        Positions that restart within a row part packed documents: no token sees another document, nor predicts its
+        first one.
 
         Raises:
-            ValueError: ids out of range, or a sequence longer than the backbone's positions.
+            ValueError: no ids or ids out of range, more tokens than the backbone has positions, a mask with a hole,
+                packed documents with a mask or a cache, or a cache of another model.
         """
+        return_dict = kwargs.pop("return_dict", None)
         self._check_ids("input_ids", input_ids, lowest=0)
         if labels is not None:
             self._check_ids("labels", labels, lowest=-100)
@@ -364,17 +417,23 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         elif use_cache:
             past_key_values = DynamicCache(config=self.config.get_text_config())
         num_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check_length(num_seen + input_ids.shape[1])
         body_mask, attention_mask = self._masks(attention_mask)
         is_real = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None and attention_mask.ndim == 2:
-            self._check_mask(attention_mask)
+            if attention_mask.device.type == "cpu":
+                check_mask(attention_mask)
             is_real = attention_mask[:, -input_ids.shape[1] :].bool()
+        elif attention_mask is not None:  # which positions attend to themselves
+            query = torch.arange(input_ids.shape[1], device=input_ids.device)
+            reach = attention_mask[:, 0, query, num_seen + query]
+            is_real = (reach if reach.dtype == torch.bool else reach == 0).expand_as(input_ids)
         is_first = torch.zeros_like(is_real)  # of a document, in a row that packs several
         if position_ids is None:
             position_ids = default_positions(input_ids, attention_mask, num_seen)
         else:
             is_first[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+            self._check_packing(is_first, is_real, attention_mask, past_key_values)
+        self._check_length(position_ids)
         is_speech = (input_ids >= self.ids.speech_offset) & is_real
 
         embeds = self._embed(input_ids)  # (batch, seq, dim)
@@ -390,17 +449,18 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
                 rows = targets.rows_with_speech()
         # The mask is made before the backbone puts this call's tokens into the cache.
         causal = self._causal(embeds, attention_mask, position_ids, past_key_values, rows)
-        levels: list[Tensor] = []  # h¹ … h^L, see `keep_level`
-        last = self.body(
+        kept = Levels()
+        body_output = self.body(
             inputs_embeds=fused if self.body_scale == 1 else fused / self.body_scale,
             attention_mask=body_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
-            levels=levels,
+            levels=kept,
             **kwargs,
-        ).last_hidden_state
-        levels[-1] = last  # h^L comes after the final norm
+        )
+        last = body_output.last_hidden_state
+        levels = [*kept.tensors[:-1], last]  # h¹ … h^L, which comes after the final norm
 
         mixed, layer_weights = self.layer_selector(levels)
         speech = mixed + embeds if self.config.speech_residual else mixed
@@ -408,17 +468,27 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         if self.output_norm is not None:
             speech = self.output_norm(speech)
 
-        output = SmolTolkOutput(layer_weights=layer_weights, past_key_values=past_key_values)
+        loss = text_loss = speech_loss = token_losses = logits = None
         if targets is not None:
-            losses = self._add_losses(output, last, speech, targets, rows, is_real, num_items_in_batch)
-            if return_label_losses:
-                output.label_losses = losses
+            losses = self._losses(last, speech, targets, rows)
+            loss = self._loss(losses, layer_weights, is_real, num_items_in_batch)
+            text_loss, speech_loss = losses.text / losses.num_text, losses.speech / losses.num_units
+            token_losses = losses.tokens if return_token_losses else None
         if wants_logits:
-            kept = slice(-logits_to_keep, None)
-            output.logits = self._logits(last[:, kept], speech[:, kept], input_ids[:, kept])
-        if output_hidden_states:
-            output.hidden_states = (fused, *levels)
-        return output
+            kept_ids = slice(-logits_to_keep, None)
+            logits = self._logits(last[:, kept_ids], speech[:, kept_ids], input_ids[:, kept_ids])
+        output = SmolTolkOutput(
+            loss=loss,
+            text_loss=text_loss,
+            speech_loss=speech_loss,
+            token_losses=token_losses,
+            logits=logits,
+            layer_weights=layer_weights,
+            past_key_values=past_key_values,
+            hidden_states=(fused, *levels) if output_hidden_states else None,
+            attentions=getattr(body_output, "attentions", None),
+        )
+        return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
 
     def _masks(
         self, attention_mask: Tensor | dict[str, Tensor] | None
@@ -485,7 +555,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         begin_of_query = begin.index_select(1, query)
         reaches = (index <= query[:, None]) & (index >= begin_of_query[..., None]) & seen[:, None]
         reaches = (reaches | (index == query[:, None]))[:, None]  # (batch, 1, seq, seen + seq)
-        positions = query - begin_of_query
+        positions = (query - begin_of_query) * is_speech
         composed = self.input_adapter(
             embeds, mask_for(self.input_adapter.config, reaches, embeds.dtype), positions, cache
         )
@@ -506,7 +576,13 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         if len(position_ids) > 1:
             position_ids = position_ids[rows]
         return {
-            "attention_mask": create_causal_mask(self.lm.config, embeds, attention_mask, cache, position_ids),
+            "attention_mask": create_causal_mask(
+                config=self.lm.config,
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+            ),
             "position_ids": position_ids,
             "cache": cache,
         }
@@ -555,20 +631,10 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         targets = self._targets(input_ids, labels, torch.ones_like(labels[:, 1:], dtype=torch.bool))
         return int(targets.is_text.sum()), int(targets.is_unit.sum())
 
-    def _add_losses(
-        self,
-        output: SmolTolkOutput,
-        last: Tensor,
-        speech: Tensor,
-        targets: "Targets",
-        rows: Tensor | slice,
-        is_real: Tensor,
-        num_items_in_batch: Tensor | int | None,
-    ) -> Tensor:
+    def _losses(self, last: Tensor, speech: Tensor, targets: "Targets", rows: Tensor | slice) -> "Losses":
         """Cross-entropy of every label over its own block, text or speech (paper, section 3).
 
-        `speech` holds the output adapter's `rows`, which hold every target of speech. Fills in the losses of the
-        output and returns those of the labels, (batch, seq).
+        `speech` holds the output adapter's `rows`, which hold every target of speech.
         """
         ids, is_text, is_unit = self.ids, targets.is_text, targets.is_unit
         text_hidden, unit_hidden = last[:, :-1][is_text], speech[:, :-1][is_unit[rows]]
@@ -589,27 +655,30 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             cap=self.logits_cap,
         )
         unit_sum, unit_losses = head_loss(unit_hidden, self._unit_weight, unit_target, unit_switch)
-        num_text, num_units = is_text.sum(), is_unit.sum()
-        num_labels = (num_text + num_units).clamp(min=1)
+        tokens = text_losses.new_zeros(is_text.shape)
+        tokens = tokens.masked_scatter(is_text, text_losses).masked_scatter(is_unit, unit_losses)
+        return Losses(text_sum, unit_sum, is_text.sum(), is_unit.sum(), F.pad(tokens, (1, 0)))
+
+    def _loss(
+        self, losses: "Losses", layer_weights: Tensor, is_real: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Summed cross-entropy over the number of labels, minus the weighted entropy of the selector."""
+        num_labels = (losses.num_text + losses.num_units).clamp(min=1)
         if num_items_in_batch is None:
             num_items_in_batch = num_labels
-        loss = (text_sum + unit_sum) / num_items_in_batch
+        loss = (losses.text + losses.speech) / num_items_in_batch
         if self.config.selector_entropy_weight:
             share = num_labels / num_items_in_batch  # of this batch in what the loss is normalised by
-            assert output.layer_weights is not None
-            entropy = mean_entropy(output.layer_weights, is_real) * (num_units > 0)  # no speech, no selection
+            entropy = mean_entropy(layer_weights, is_real) * (losses.num_units > 0)  # no speech, no selection
             loss = loss - self.config.selector_entropy_weight * share * entropy
-        output.loss = loss
-        output.text_loss = text_sum / num_text
-        output.speech_loss = unit_sum / num_units
-        losses = text_losses.new_zeros(is_text.shape)
-        losses = losses.masked_scatter(is_text, text_losses).masked_scatter(is_unit, unit_losses)
-        return F.pad(losses, (1, 0))
+        return loss
 
     def _check_ids(self, name: str, ids: Tensor, lowest: int) -> None:
         if ids.device.type != "cpu" or torch.compiler.is_compiling():
             return  # a look at the values would stall an accelerator, which raises by itself
-        if ids.numel() and not lowest <= ids.min() <= ids.max() < self.ids.vocab_size:
+        if not ids.shape[1]:
+            raise ValueError(f"{name} are empty: give some text or speech")
+        if not lowest <= ids.min() <= ids.max() < self.ids.vocab_size:
             raise ValueError(
                 f"{name} hold {int(ids.min())} … {int(ids.max())}, but the id space is "
                 f"0 … {self.ids.vocab_size - 1} ({self.ids.text_vocab_size} text tokens, 3 control ids, "
@@ -631,20 +700,23 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{memory} layers and one that remembers which tokens are speech; start from its own cache"
             )
 
-    def _check_mask(self, attention_mask: Tensor) -> None:
-        if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+    def _check_packing(self, is_first: Tensor, is_real: Tensor, mask: Tensor | None, cache: Cache | None) -> None:
+        """Packed documents are told apart by their positions alone, which a mask or a cache overrules."""
+        if is_first.shape[1] == 1 or torch.compiler.is_compiling():
             return
-        rises = F.pad(attention_mask.bool(), (1, 0))
-        holed = (~rises[:, :-1] & rises[:, 1:]).sum(1) > 1
-        if holed.any():
+        uses_flash = "flash" in self.lm.config._attn_implementation and len(is_first) > 1
+        if mask is None and cache is None and not uses_flash:
+            return
+        if (is_first[:, 1:] & is_real[:, 1:] & is_real[:, :-1]).any():
             raise ValueError(
-                f"attention_mask has a hole in row {int(holed.nonzero()[0])}: the ones of a row must be next to "
-                "each other; leave the token out, or pad at the ends"
+                "position_ids restart within a row, which packs documents: give packed rows no attention_mask and no "
+                "cache (use_cache=False), and one row at a time to flash attention"
             )
 
-    def _check_length(self, num_tokens: int) -> None:
-        if isinstance(num_tokens, Tensor):  # a static cache counts on its device
+    def _check_length(self, position_ids: Tensor) -> None:
+        if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return
+        num_tokens = int(position_ids.max()) + 1
         if num_tokens > self.config.max_position_embeddings:
             raise ValueError(
                 f"the sequence has {num_tokens} tokens, more than the backbone's max_position_embeddings "
@@ -659,6 +731,21 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             self.lm._init_weights(module)
         if isinstance(module, LayerSelector) and hasattr(module, "static_logits"):
             init.normal_(module.static_logits, mean=0.0, std=0.01)
+
+
+def check_mask(attention_mask: Tensor) -> None:
+    """Refuses masks (batch, seq) with rows whose tokens are not next to each other.
+
+    Raises:
+        ValueError: a row has a hole.
+    """
+    padded = F.pad(attention_mask.bool(), (1, 0))
+    has_hole = (~padded[:, :-1] & padded[:, 1:]).sum(1) > 1
+    if has_hole.any():
+        raise ValueError(
+            f"attention_mask has a hole in row {int(has_hole.nonzero()[0])}: the ones of a row must be next to "
+            "each other; leave the token out, or pad at the ends"
+        )
 
 
 def check_backbone(lm_config: Any) -> None:
@@ -680,12 +767,12 @@ def first(output: Any) -> Tensor:
 
 
 def keep_level(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook of the backbone's layers, which hand on what the body is called with: a list to collect levels in.
+    """Forward hook of the backbone's layers, which hand on what the body is called with: `Levels` to collect them in.
 
     Unlike `output_hidden_states` it lets layers be compiled without graph breaks, and costs nothing.
     """
     if "levels" in kwargs:
-        kwargs["levels"].append(first(output))
+        kwargs["levels"].tensors.append(first(output))
 
 
 def perceptron(size: int, hidden_size: int | None, output_size: int) -> nn.Module:
@@ -725,9 +812,9 @@ class HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """(rows, dim), (vocab, dim), (rows,), (rows,) → summed loss (), losses (rows,), both float32."""
         losses = torch.empty(len(hidden), device=hidden.device)
-        needs_hidden, needs_weight = (needed and needs_gradient for needed in ctx.needs_input_grad[:2])
+        needs_hidden, needs_weight, _, needs_more = (n and needs_gradient for n in ctx.needs_input_grad[:4])
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        more_gradient = None if more is None else torch.empty_like(more, dtype=torch.float32)
+        more_gradient = torch.empty_like(more, dtype=torch.float32) if more is not None and needs_more else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         rows_per_chunk = max(1, LOGITS_PER_CHUNK // len(weight))
         for start in range(0, len(hidden), rows_per_chunk):
@@ -744,12 +831,13 @@ class HeadLoss(torch.autograd.Function):
             picked = logits.gather(1, target[chunk, None])[:, 0]
             total = logits.logsumexp(1)
             losses[chunk] = total - picked
-            if not needs_hidden and not needs_weight:
+            if not needs_hidden and not needs_weight and not needs_more:
                 continue
             gradient = logits.sub_(total[:, None]).exp_()  # softmax, (chunk, vocab)
             gradient.scatter_add_(1, target[chunk, None], gradient.new_full((len(gradient), 1), -1.0))
-            if more_gradient is not None:
-                more_gradient[chunk] = gradient[:, -1]
+            if more is not None:
+                if more_gradient is not None:
+                    more_gradient[chunk] = gradient[:, -1]
                 gradient = gradient[:, :-1]
             if isinstance(slope, Tensor) or slope != 1:
                 gradient = gradient * slope
@@ -803,7 +891,8 @@ def head_loss(
 
 def mean_entropy(weights: Tensor, is_real: Tensor) -> Tensor:
     """Mean entropy in nats of distributions (batch, seq, L) over the real positions (batch, seq)."""
-    entropy = torch.special.entr(weights).sum(-1)
+    # Clamped: the slope of p log p at 0 is infinite, and softmax would make it NaN.
+    entropy = -(weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).sum(-1)
     return (entropy * is_real).sum() / is_real.sum()
 
 

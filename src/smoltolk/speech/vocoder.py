@@ -151,7 +151,7 @@ class MelVocoder:
         audio = audio[start : start + len(mel) * hop_samples]
         return (audio / max(1.0, np.abs(audio).max())).astype(np.float32)
 
-    def decode_stream(self, units: Iterable[int], *, chunk_units: int = 24) -> Iterator[np.ndarray]:
+    def decode_stream(self, units: Iterable[int], *, chunk_units: int = 24) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Speak units while they come, in chunks.
 
         A chunk is decoded together with its neighbours and faded into the one before, so that it sounds as if
@@ -162,7 +162,7 @@ class MelVocoder:
             chunk_units: units in a chunk, more for fewer seams, less for a shorter delay.
 
         Yields:
-            Pieces of the waveform, float32 (samples,).
+            Some of the units (num_units_in_piece,), and their piece of the waveform, float32 (samples,).
         """
         if chunk_units < 1:
             raise ValueError(f"chunk_units is {chunk_units}: give 1 or more")
@@ -171,11 +171,13 @@ class MelVocoder:
         for unit in units:
             seen.append(int(unit))
             if len(seen) == begin + chunk_units + _CONTEXT_UNITS:
-                piece, tail = self._decode_chunk(seen, begin, begin + chunk_units, tail)
-                begin += chunk_units
-                yield piece
+                end = begin + chunk_units
+                piece, tail = self._decode_chunk(seen, begin, end, tail)
+                yield np.array(seen[begin:end], dtype=np.int64), piece
+                begin = end
         if begin < len(seen):
-            yield self._decode_chunk(seen, begin, len(seen), tail)[0]
+            piece, _ = self._decode_chunk(seen, begin, len(seen), tail)
+            yield np.array(seen[begin:], dtype=np.int64), piece
 
     def _decode_chunk(self, seen: list[int], begin: int, end: int, tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The audio of units `begin` to `end`, faded in over the tail of the chunk before; and its own tail."""
