@@ -240,3 +240,21 @@ def test_moved_and_copied_arguments_reach_the_layers(tmp_path):
     with torch.no_grad():
         expected = SmolTolkForCausalLM.from_pretrained(tmp_path / "model")(ids).logits
         torch.testing.assert_close(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "text", "long and short"])
+def test_every_rank_calls_the_input_adapter_once_whatever_its_batch_holds(model, monkeypatch, kind):
+    ids = mixed_ids(ids=model.ids, seq=120)
+    if kind == "text":
+        ids = ids.clamp(max=5)
+    if kind == "long and short":
+        ids[0, :100] = model.ids.speech_offset + 1
+    calls = []
+    model.input_adapter.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        expected = model(ids).logits
+        alone = len(calls)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert alone == {"mixed": 1, "text": 0, "long and short": 2}[kind]
+    assert len(calls) - alone == 1

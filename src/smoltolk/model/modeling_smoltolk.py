@@ -526,7 +526,9 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
     def _fuse_packed(self, embeds: Tensor, is_speech: Tensor, is_first: Tensor) -> Tensor:
         """Runs the adapter on speech positions only, segments of like length side by side."""
         flat, fused = embeds.flatten(0, 1), embeds.flatten(0, 1).clone()  # (batch · seq, dim)
-        segments = speech_segments(is_speech, is_first)
+        # Sharded ranks gather weights together: each must call the adapter as often as any other, once.
+        in_step = torch.distributed.is_available() and torch.distributed.is_initialized()
+        segments = speech_segments(is_speech, is_first, in_one_group=in_step)
         for start, length, longest in segments:  # (segments,), (segments,), int
             offset = torch.arange(longest, device=embeds.device)
             inside = offset < length[:, None]  # (segments, longest)
@@ -537,7 +539,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
                 offset[None],
             )
             fused = fused.index_put((position[inside],), composed[inside].to(fused.dtype))
-        if not segments and self.training:  # every parameter keeps a gradient, also in a batch of text alone
+        if not segments and (self.training or in_step):  # every parameter keeps a gradient, also with text alone
             zero = torch.zeros(1, 1, dtype=torch.long, device=embeds.device)
             fused = fused + 0.0 * self.input_adapter(flat[None, :1], None, zero).sum()
         return fused.view_as(embeds)
@@ -904,12 +906,15 @@ def default_positions(input_ids: Tensor, attention_mask: Tensor | None, num_seen
     return torch.arange(num_seen, num_seen + length, device=input_ids.device)[None]
 
 
-def speech_segments(is_speech: Tensor, is_first: Tensor) -> list[tuple[Tensor, Tensor, int]]:
+def speech_segments(
+    is_speech: Tensor, is_first: Tensor, *, in_one_group: bool = False
+) -> list[tuple[Tensor, Tensor, int]]:
     """Maximal runs of speech in (batch, seq), grouped by like length.
 
     Args:
         is_speech: which positions are speech, (batch, seq).
         is_first: where a document begins within a row, (batch, seq); a run ends before it.
+        in_one_group: whether all are one group, however long.
 
     Returns:
         Groups of (start in the flattened batch, length, longest length): padding a group to its longest
@@ -921,8 +926,8 @@ def speech_segments(is_speech: Tensor, is_first: Tensor) -> list[tuple[Tensor, T
     falls = (is_speech & ends).flatten().nonzero()[:, 0]  # last positions
     lengths = falls - rises + 1
     groups = []
-    limit, covered = 32, 0
     longest = int(lengths.max()) if len(lengths) else 0
+    limit, covered = longest if in_one_group else 32, 0
     while covered < longest:
         chosen = (lengths > covered) & (lengths <= limit)
         if chosen.any():
