@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from threadpoolctl import threadpool_limits
 from transformers import PreTrainedTokenizerBase
 
 from smoltolk.data.store import MANIFEST, ROWS_PER_SHARD, Shard, lock, write_manifest, write_shard
@@ -443,6 +444,7 @@ _worker_job: _Job  # set once in each worker process
 def _start_worker(job: _Job) -> None:
     global _worker_job
     _worker_job = job
+    threadpool_limits(1)  # a process a core: NumPy's threads would only get in their way
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's: it stops the pool
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

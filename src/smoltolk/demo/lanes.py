@@ -91,8 +91,10 @@ def _run_lane(function: Callable[..., None], arguments: tuple[Any, ...], counter
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     import torch
+    from threadpoolctl import threadpool_limits
 
     torch.set_num_threads(1)
+    threadpool_limits(1)  # NumPy's
 
     def progress(done: int) -> None:
         counter.value += done

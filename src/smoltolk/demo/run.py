@@ -301,7 +301,7 @@ def _recipe(name: str, folder: Path, paths: dict[str, Path], settings: DemoSetti
         ],
         "validation": {
             "rows": settings.validation_rows,
-            "every_steps": max(1, sum(settings.stage_steps) // 20),
+            "every_steps": max(1, sum(settings.stage_steps) // 10),
         },
         "checkpoint": {"every_steps": max(1, sum(settings.stage_steps) // 10)},
         "speech_tokenizer": str(paths["speech-tokenizer"]),
