@@ -53,7 +53,7 @@ SUPPORTED_BACKBONES = (
     "qwen3",
     "smollm3",
 )
-LOGITS_PER_CHUNK = 2**24  # of the text head, in training: 64 MiB in float32
+LOGITS_PER_CHUNK = 2**23  # of a head, in training: 32 MiB in float32
 
 
 @dataclass
@@ -847,7 +847,11 @@ class HeadLoss(torch.autograd.Function):
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = (gradient @ weight).to(hidden.dtype)
             if weight_gradient is not None:
-                weight_gradient += gradient.T @ hidden[chunk].to(weight.dtype)
+                some = hidden[chunk].to(weight.dtype)
+                if weight.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+                    weight_gradient += gradient.T @ some
+                else:  # without another tensor of the weight's size
+                    weight_gradient.addmm_(gradient.T, some)
         ctx.gradients = (
             hidden_gradient,
             None if weight_gradient is None else weight_gradient.to(weight.dtype),
