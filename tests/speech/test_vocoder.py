@@ -46,7 +46,7 @@ def test_decoding_twice_gives_the_same_audio(vocoder: MelVocoder) -> None:
 def test_a_stream_says_the_same_in_chunks(
     vocoder: MelVocoder, pairs: list[tuple[Units, np.ndarray]], tokenizer: MelTokenizer, chunk_units: int
 ) -> None:
-    units = np.concatenate([pair.units for pair, _ in pairs[:3]])
+    units = np.concatenate([pair.units for pair, _ in pairs[: 1 if chunk_units == 1 else 3]])
     units = units[np.append(True, units[1:] != units[:-1])]
     heard: list[int] = []
 
