@@ -240,3 +240,8 @@ def test_a_model_that_switches_gives_its_parts_in_order():
 def test_a_model_that_never_learnt_to_switch_cannot_decide(pipeline):
     with pytest.raises(ValueError, match="does not predict the switch"):
         pipeline("w1", to=None)
+
+
+def test_a_stream_without_a_modality_is_refused(pipeline):
+    with pytest.raises(ValueError, match="to is None: a stream has one modality"):
+        next(pipeline.stream("w1", to=None))

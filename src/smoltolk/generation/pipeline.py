@@ -158,7 +158,12 @@ class SmolTolkPipeline:
         Yields:
             Pieces: some text each, or some units with their audio. Text and units add up to what a call gives. To
             stop early, close the generator.
+
+        Raises:
+            ValueError: as a call, and where `to` is None: a stream has one modality.
         """
+        if to is None:
+            raise ValueError("to is None: a stream has one modality, choose 'text' or 'speech'")
         ids = self.prompt_ids(prompt, to=to)
         row = torch.tensor([ids], device=self.model.device)
         sampling |= {"max_new_tokens": min(self._room(ids), max_new_tokens)}
