@@ -14,10 +14,10 @@ help:  ## list the targets
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[align,datasets,demo,ray,test]'
 	touch $@
 
-install: $(VENV)/installed  ## create .venv and install smoltolk with the demo and test extras
+install: $(VENV)/installed  ## create .venv and install smoltolk with all extras
 
 demo: install  ## run the whole story on two CPU cores, offline, and write a report
 	$(RUN) -m smoltolk demo --output $(DEMO_FOLDER) $(DEMO_FLAGS)

@@ -55,7 +55,8 @@ def test_ctrl_c_says_how_to_resume(command, capsys, monkeypatch):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, f"_{command[0]}", interrupted)
+    module = cli.data if command[0] == "prepare" else cli.models
+    monkeypatch.setattr(module, f"_{command[0]}", interrupted)
     assert cli.main(command) == 130
     assert "run the same command to go on" in capsys.readouterr().err
 

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from smoltolk.data import store as store_module
-from smoltolk.data.prepare import audio_files, prepare, read_manifest
+from smoltolk.data.prepare import prepare
+from smoltolk.data.sources import audio_files, read_manifest
 from smoltolk.data.store import Store
-from smoltolk.speech.units import MelTokenizer
+from smoltolk.speech.mel import MelTokenizer
 
 RATE_HZ = 16_000
 WORDS = ("one", "two", "three", "four")

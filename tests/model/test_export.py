@@ -18,8 +18,8 @@ import smoltolk
 from smoltolk import SmolTolkConfig, SmolTolkForCausalLM
 from smoltolk.model.card import describe, public_name
 from smoltolk.model.export import load_model, new_folder
-from smoltolk.speech.units import MelTokenizer
-from smoltolk.speech.vocoder import MelVocoder
+from smoltolk.speech.mel import MelTokenizer
+from smoltolk.speech.mel_vocoder import MelVocoder
 from smoltolk.training.config import Recipe
 from smoltolk.training.trainer import Trainer
 

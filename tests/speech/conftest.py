@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from smoltolk.speech.units import MelTokenizer
+from smoltolk.speech.mel import MelTokenizer
 
 RATE_HZ = 16_000
 

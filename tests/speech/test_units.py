@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from smoltolk.speech import units as units_module
-from smoltolk.speech.units import MelSettings, MelTokenizer, Units, load_speech_tokenizer
+from smoltolk.speech import mel as mel_module
+from smoltolk.speech.mel import MelSettings, MelTokenizer
+from smoltolk.speech.units import Units, load_speech_tokenizer
 
 
 def test_units_are_merged_and_their_durations_add_up_to_the_frames(
@@ -36,7 +37,7 @@ def test_long_audio_has_the_units_it_has_in_small_blocks(
 ) -> None:
     audio = np.concatenate(audios)
     whole = tokenizer.encode(audio).frames()
-    monkeypatch.setattr(units_module, "_BLOCK_FRAMES", 100)
+    monkeypatch.setattr(mel_module, "_BLOCK_FRAMES", 100)
     np.testing.assert_array_equal(tokenizer.encode(audio).frames(), whole)
 
 
@@ -62,7 +63,7 @@ def test_a_higher_penalty_gives_fewer_units(tokenizer: MelTokenizer, audios: lis
 def test_viterbi_finds_the_cheapest_of_all_paths() -> None:
     rng = np.random.default_rng(0)
     matrices = [rng.random((num_frames, 3), np.float32) for num_frames in (1, 2, 4, 6, 6)]
-    for matrix, path in zip(matrices, units_module._viterbi(matrices, 0.4), strict=True):
+    for matrix, path in zip(matrices, mel_module._viterbi(matrices, 0.4), strict=True):
         costs = {}
         for candidate in itertools.product(range(3), repeat=len(matrix)):
             changes = sum(a != b for a, b in itertools.pairwise(candidate))
@@ -80,7 +81,7 @@ def test_fitting_twice_gives_the_same_tokenizer_and_another_seed_another(
 def test_fitting_on_more_frames_than_kmeans_sees_uses_a_sample(
     audios: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(units_module, "_FIT_FRAMES", 500)
+    monkeypatch.setattr(mel_module, "_FIT_FRAMES", 500)
     few = MelTokenizer.fit(audios, num_units=4)
     monkeypatch.undo()
     np.testing.assert_array_equal(few.band_means, MelTokenizer.fit(audios, num_units=4).band_means)

@@ -4,8 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smoltolk.speech.units import MelTokenizer, Units
-from smoltolk.speech.vocoder import MelVocoder
+from smoltolk.speech.mel import MelTokenizer
+from smoltolk.speech.mel_vocoder import MelVocoder
+from smoltolk.speech.units import Units
+from smoltolk.speech.vocoder import load_vocoder
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_training_twice_gives_the_same_vocoder_and_reports_every_step(
 
 def test_a_saved_vocoder_comes_back(vocoder: MelVocoder, tokenizer: MelTokenizer, tmp_path: Path) -> None:
     vocoder.save(tmp_path / "vocoder")
-    loaded = MelVocoder.load(tmp_path / "vocoder", tokenizer)
+    loaded = load_vocoder(tmp_path / "vocoder", tokenizer)
     units = np.array([4, 1, 7])
     np.testing.assert_array_equal(loaded.decode(units), vocoder.decode(units))
     assert loaded.tokenizer_fingerprint == tokenizer.fingerprint
@@ -107,7 +109,7 @@ def test_a_vocoder_of_another_tokenizer_is_refused(
 ) -> None:
     vocoder.save(tmp_path)
     with pytest.raises(ValueError, match="train a vocoder for this tokenizer"):
-        MelVocoder.load(tmp_path, MelTokenizer.fit(audios, num_units=12, seed=9))
+        load_vocoder(tmp_path, MelTokenizer.fit(audios, num_units=12, seed=9))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_a_damaged_folder_is_refused(vocoder: MelVocoder, tmp_path: Path, file: 
     (tmp_path / file).unlink()
     if content is not None:
         (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match="not a whole vocoder"):
+    with pytest.raises(ValueError, match=r"not a whole vocoder|not the card of a vocoder"):
         MelVocoder.load(tmp_path)
 
 

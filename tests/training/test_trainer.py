@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.conftest import EARLY_FUSION, tiny_recipe
 
 from smoltolk import SmolTolkForCausalLM
-from smoltolk.speech.units import MelTokenizer
+from smoltolk.speech.mel import MelTokenizer
 from smoltolk.training import checkpoints
 from smoltolk.training.checkpoints import list_checkpoints, load_state
 from smoltolk.training.config import make_recipe

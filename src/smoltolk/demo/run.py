@@ -37,7 +37,7 @@ from smoltolk.evaluation.tasks import PAIRS, evaluate_cloze, load_cloze, save_cl
 from smoltolk.generation.pipeline import SmolTolkPipeline
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import save_wav, write_atomically
-from smoltolk.speech.units import MelTokenizer
+from smoltolk.speech.mel import MelTokenizer
 from smoltolk.training.config import load_recipe, make_recipe
 from smoltolk.training.trainer import Trainer
 

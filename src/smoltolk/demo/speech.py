@@ -18,9 +18,10 @@ from smoltolk.data.utterance import Utterance
 from smoltolk.demo import world
 from smoltolk.evaluation.tasks import ClozeItem
 from smoltolk.speech.audio import load_audio
+from smoltolk.speech.mel import MelTokenizer
+from smoltolk.speech.mel_vocoder import MelVocoder
 from smoltolk.speech.synthesis import EspeakSynthesizer
-from smoltolk.speech.units import MelTokenizer, Units
-from smoltolk.speech.vocoder import MelVocoder
+from smoltolk.speech.units import Units
 
 VOICE, RATE_WPM = "en-us", 220
 TEXTS_PER_BLOCK = 1000

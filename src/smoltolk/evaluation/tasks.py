@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smoltolk.data.prepare import read_manifest
+from smoltolk.data.sources import read_manifest
 from smoltolk.evaluation.results import ClozeResult, PairResult
 from smoltolk.evaluation.scoring import CONTINUATION, Candidate, Protocol, score_candidates
 from smoltolk.model.configuration_smoltolk import IdSpace

@@ -18,7 +18,7 @@ from smoltolk.generation.sampling import continue_ids
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import load_audio, save_wav
 from smoltolk.speech.units import SpeechTokenizer, load_speech_tokenizer
-from smoltolk.speech.vocoder import MelVocoder
+from smoltolk.speech.vocoder import Vocoder, load_vocoder
 
 PromptPart = str | Path | np.ndarray
 _LONGEST_WORD = 30  # characters; what is longer is a script without spaces
@@ -71,7 +71,7 @@ class SmolTolkPipeline:
         model: SmolTolkForCausalLM,
         text_tokenizer: PreTrainedTokenizerBase,
         speech_tokenizer: SpeechTokenizer | None = None,
-        vocoder: MelVocoder | None = None,
+        vocoder: Vocoder | None = None,
     ) -> None:
         self.model = model.eval()
         self.text_tokenizer = text_tokenizer
@@ -102,7 +102,7 @@ class SmolTolkPipeline:
             model,
             AutoTokenizer.from_pretrained(folder),
             speech_tokenizer,
-            MelVocoder.load(vocoder, speech_tokenizer) if vocoder.is_dir() else None,
+            load_vocoder(vocoder, speech_tokenizer) if vocoder.is_dir() else None,
         )
 
     def __call__(

@@ -20,7 +20,7 @@ from smoltolk.data.store import Store, lock
 from smoltolk.data.text import tokenizer_fingerprint
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.units import load_speech_tokenizer
-from smoltolk.speech.vocoder import MelVocoder
+from smoltolk.speech.vocoder import load_vocoder
 from smoltolk.training.checkpoints import (
     RunState,
     list_checkpoints,
@@ -159,7 +159,7 @@ class Trainer:
                     f"units of {card['fingerprint']}: give the tokenizer that made them"
                 )
         if recipe.vocoder is not None:
-            vocoder = MelVocoder.load(recipe.vocoder)
+            vocoder = load_vocoder(recipe.vocoder)
             if vocoder.tokenizer_fingerprint != card["fingerprint"]:
                 raise ValueError(
                     f"vocoder {recipe.vocoder} decodes units of {vocoder.tokenizer_fingerprint}, but the stores hold "

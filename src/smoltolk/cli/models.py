@@ -1,56 +1,15 @@
-"""The command line: parse, call one function, return an exit code."""
+"""Commands for models: training, evaluation, generation, import and export, the demo."""
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0 when it worked, 1 for bad input, 130 when it was stopped."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return 0
-    try:
-        options.run(options)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"smoltolk {options.command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(f"smoltolk {options.command}: {str(stop) or options.resume_hint}", file=sys.stderr)
-        return INTERRUPTED
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="smoltolk", description="Text-speech language models.")
-    parser.set_defaults(resume_hint="stopped; run the same command to go on")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    tokenizer = commands.add_parser("fit-tokenizer", help="fit a mel speech tokenizer on your own audio")
-    tokenizer.add_argument("audio", type=Path, nargs="+", help="audio files, or folders of them")
-    tokenizer.add_argument("--output", type=Path, required=True, help="folder of the new tokenizer")
-    tokenizer.add_argument("--num-units", type=int, default=64)
-    tokenizer.add_argument("--seed", type=int, default=0)
-    tokenizer.set_defaults(run=_fit_tokenizer, resume_hint="stopped; nothing was written")
-
-    prepare = commands.add_parser("prepare", help="make a store of units and text from recordings")
-    prepare.add_argument("source", type=Path, help="JSONL or CSV manifest, or a folder of audio and .txt files")
-    prepare.add_argument("output", type=Path, help="folder of the store")
-    prepare.add_argument("--speech-tokenizer", type=Path, required=True, help="folder of the speech tokenizer")
-    prepare.add_argument("--text-tokenizer", required=True, help="folder or name of the text LM's tokenizer")
-    prepare.add_argument("--validation-share", type=float, default=0.0, help="share of rows for validation")
-    prepare.add_argument("--workers", type=int, default=1, help="processes")
-    prepare.set_defaults(run=_prepare)
-
+def add_commands(commands: Any) -> None:
+    """Adds the commands of this part to the subparsers of the command line."""
     train = commands.add_parser("train", help="run a training recipe, or go on with it")
     train.add_argument("recipe", type=Path, help="YAML recipe")
     train.add_argument("--no-progress", action="store_true", help="show no progress bar")
@@ -100,7 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, default=1, help="repeat everything with so many seeds")
     demo.add_argument("--quick", action="store_true", help="a smoke run of about a minute")
     demo.set_defaults(run=_demo)
-    return parser
 
 
 class _PromptPart(argparse.Action):
@@ -108,43 +66,6 @@ class _PromptPart(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), values])
-
-
-def _fit_tokenizer(options: argparse.Namespace) -> None:
-    from smoltolk.data.prepare import audio_files
-    from smoltolk.speech.audio import load_audio
-    from smoltolk.speech.units import MelTokenizer
-
-    rate = MelTokenizer.sample_rate_hz
-    audios = (load_audio(path, sample_rate_hz=rate) for path in audio_files(options.audio))
-    tokenizer = MelTokenizer.fit(audios, num_units=options.num_units, seed=options.seed)
-    tokenizer.save(options.output)
-    print(f"{options.output}: {tokenizer.num_units} units, fingerprint {tokenizer.fingerprint}")
-
-
-def _prepare(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
-    from smoltolk.data.prepare import prepare
-    from smoltolk.speech.units import load_speech_tokenizer
-
-    summary = prepare(
-        options.source,
-        options.output,
-        speech_tokenizer=load_speech_tokenizer(options.speech_tokenizer),
-        text_tokenizer=AutoTokenizer.from_pretrained(options.text_tokenizer),
-        validation_share=options.validation_share,
-        workers=options.workers,
-    )
-    splits = ", ".join(f"{count} {split}" for split, count in summary.splits.items())
-    print(
-        f"{options.output}: {summary.utterances} utterances ({splits}), {summary.hours:.2f} h, {summary.words} words, "
-        f"{summary.units_per_s:.1f} units/s"
-    )
-    if summary.unaligned:
-        print(f"{summary.unaligned} of them have no word times: they serve as speech and as text, not interleaved")
-    if summary.quarantined:
-        print(f"{summary.quarantined} rows could not be used, see {options.output / 'quarantine.jsonl'}")
 
 
 def _train(options: argparse.Namespace) -> None:

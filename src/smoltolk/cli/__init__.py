@@ -1,0 +1,40 @@
+"""The command line: parse, call one function, return an exit code.
+
+Heavy modules are imported by the command that needs them.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from smoltolk.cli import data, models, speech
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0 when it worked, 1 for bad input, 130 when it was stopped."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"smoltolk {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"smoltolk {options.command}: {str(stop) or options.resume_hint}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="smoltolk", description="Text-speech language models.")
+    parser.set_defaults(resume_hint="stopped; run the same command to go on")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    for part in (speech, data, models):
+        part.add_commands(commands)
+    return parser
