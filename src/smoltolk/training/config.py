@@ -36,6 +36,9 @@ class ModelSettings(Strict):
     num_output_adapter_layers: NotNegativeInt = 2
     layer_mixing: Literal["last", "static", "selected"] = "selected"
     selector_input: str | int = "static"
+    selector_hidden_size: PositiveInt | None = None
+    selector_level_size: PositiveInt | None = None
+    selector_level_hidden_size: PositiveInt | None = None
     speech_residual: bool = True
     tie_speech_embeddings: bool = True
     output_adapter_norm: bool = False
