@@ -100,13 +100,24 @@ def test_a_compiled_model_is_saved_under_the_same_names(tmp_path):
         assert torch.equal(SmolTolkForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, expected)
 
 
-def test_flex_attention_reaches_the_backbone_and_the_output_adapter():
-    model = tiny_model()
-    model.set_attn_implementation("flex_attention")
-    assert model.body.config._attn_implementation == "flex_attention"
-    assert model.output_adapter.config._attn_implementation == "flex_attention"
-    assert model.input_adapter.config._attn_implementation == "sdpa"
-    assert model._supports_flash_attn
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_is_sdpa_also_on_packed_documents_and_in_generation(model):
+    ids = mixed_ids(ids=model.ids)
+    packed = {"input_ids": ids[:1, :10], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])}
+    found = {}
+    for kind in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(kind)
+        assert model.body.config._attn_implementation == model.output_adapter.config._attn_implementation == kind
+        assert model.input_adapter.config._attn_implementation == "sdpa"
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            found[kind] = model(ids).logits, model(**packed).logits
+            found[kind] += (
+                model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False),
+            )
+    for expected, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(other, expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="takes no flex attention: set sdpa"):
+        model.generate(ids, cache_implementation="static")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -330,7 +330,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers; prompts are padded on the left.
 
         Raises:
-            ValueError: there is no prompt, or its mask has a hole or padding on the right.
+            ValueError: there is no prompt, its mask has a hole or padding on the right, or flex attention meets a
+                static cache.
         """
         prompt, mask = settings.get("input_ids") if inputs is None else inputs, settings.get("attention_mask")
         if prompt is None or not prompt.shape[1]:
@@ -339,6 +340,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             check_mask(mask)
             if not mask[:, -1].all():
                 raise ValueError("attention_mask ends in 0: pad prompts on the left, so that all end at the same place")
+        if settings.get("cache_implementation") == "static" and "flex" in self.lm.config._attn_implementation:
+            raise ValueError("cache_implementation is 'static', which takes no flex attention: set sdpa attention")
         return super().generate(inputs, *arguments, **settings)  # type: ignore[misc]
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
