@@ -162,14 +162,16 @@ def test_early_fusion_sees_the_same_rows(tiny_world, tmp_path, whole_run):
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tiny_world, tmp_path, whole_run, monkeypatch):
     settings = tiny_recipe(tiny_world, tmp_path)
-    save = torch.save
+    save = checkpoints.dcp.save
 
-    def disk_full(state, path):
-        if "00000006" in str(path):
+    def disk_full(state, checkpoint_id, **settings):
+        if "00000006" in str(checkpoint_id):
+            checkpoint_id.mkdir()
+            (checkpoint_id / "half").write_bytes(bytes(100))
             raise OSError(28, "No space left on device")
-        save(state, path)
+        save(state, checkpoint_id=checkpoint_id, **settings)
 
-    monkeypatch.setattr(checkpoints.torch, "save", disk_full)
+    monkeypatch.setattr(checkpoints.dcp, "save", disk_full)
     with pytest.raises(OSError, match=r"step-00000006 could not be written .*No space left.*make room"):
         run(settings)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
