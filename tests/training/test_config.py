@@ -92,3 +92,23 @@ def test_every_shipped_recipe_loads(path):
     recipe = load_recipe(path)
     assert f"smoltolk train {path}" in path.read_text()
     assert recipe.num_steps > 0
+
+
+def test_a_recipe_extends_another(settings, tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "twin.yaml").write_text("extends: ../base.yaml\nname: twin\nmodel: {speech_residual: false}\n")
+    base, twin = load_recipe(tmp_path / "base.yaml"), load_recipe(tmp_path / "more" / "twin.yaml")
+    assert twin.name == "twin"
+    assert twin.model == base.model.model_copy(update={"speech_residual": False})
+    assert twin.stages == base.stages
+
+
+def test_recipes_in_a_circle_and_a_wrong_extends_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml")
+    with pytest.raises(ValueError, match=r"a.yaml extends itself, by way of 2 files"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("extends: [a.yaml]")
+    with pytest.raises(ValueError, match=r"extends is \['a.yaml'\]: give the path of one recipe"):
+        load_recipe(tmp_path / "c.yaml")

@@ -238,11 +238,20 @@ class Recipe(Strict):
 def load_recipe(path: str | Path) -> Recipe:
     """Reads a YAML recipe.
 
+    A recipe that `extends` another, a path relative to its own, changes some of its settings: sections are merged key by
+    key, all else is replaced.
+
     Raises:
-        ValueError: the file is missing or not YAML, a key is unknown (the nearest known ones are named) or
-            a value is out of range.
+        ValueError: a file is missing or not YAML, recipes extend each other in a circle, a key is unknown (the
+            nearest known ones are named) or a value is out of range.
     """
-    path = Path(path)
+    return make_recipe(_read_settings(Path(path), ()), source=str(path))
+
+
+def _read_settings(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """Settings of a recipe file, with those of the recipe that it extends."""
+    if path.resolve() in extending:
+        raise ValueError(f"recipe {path} extends itself, by way of {len(extending)} files: remove one extends")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -251,7 +260,21 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {path} holds no settings: see the recipes folder for an example")
-    return make_recipe(settings, source=str(path))
+    base = settings.pop("extends", None)
+    if base is None:
+        return settings
+    if not isinstance(base, str):
+        raise ValueError(f"recipe {path}: extends is {base!r}: give the path of one recipe")
+    return merged(_read_settings(path.parent / base, (*extending, path.resolve())), settings)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings with some changed: sections key by key, all else as a whole."""
+    result = dict(base)
+    for key, value in changes.items():
+        known = result.get(key)
+        result[key] = merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return result
 
 
 def make_recipe(settings: dict[str, Any], source: str = "the recipe") -> Recipe:
