@@ -238,8 +238,8 @@ class Recipe(Strict):
 def load_recipe(path: str | Path) -> Recipe:
     """Reads a YAML recipe.
 
-    A recipe that `extends` another, a path relative to its own, changes some of its settings: sections are merged key by
-    key, all else is replaced.
+    A recipe that `extends` another, a path relative to its own, changes some of its settings: sections are merged
+    key by key, all else is replaced.
 
     Raises:
         ValueError: a file is missing or not YAML, recipes extend each other in a circle, a key is unknown (the
