@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from smoltolk.data.dataset import BatchSource, TaskMixture
-from smoltolk.data.interleaving import SpanPolicy
+from smoltolk.data.policies import SpanPolicy
 from smoltolk.data.store import Store, write_store
 from smoltolk.data.utterance import Utterance
 from smoltolk.model.configuration_smoltolk import IdSpace
