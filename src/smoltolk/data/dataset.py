@@ -238,9 +238,9 @@ class BatchSource:
         is_overlong = (num_tokens > self.row_tokens) & (store.lengths("word_ends_s")[rows] == 0)
         if is_overlong.any():
             warnings.warn(
-                f"task {task} leaves out {is_overlong.sum()} of {len(rows)} utterances of {store.path}: they have up to "
-                f"{num_tokens[is_overlong].max()} tokens, more than row_tokens {self.row_tokens}, and no word times "
-                f"to cut them by: align them, cut the recordings, or raise row_tokens",
+                f"task {task} leaves out {is_overlong.sum()} of {len(rows)} utterances of {store.path}: as pairs they "
+                f"have up to {num_tokens[is_overlong].max()} tokens, more than row_tokens {self.row_tokens}, and no "
+                f"word times to cut them by: align them, cut the recordings, or raise row_tokens",
                 stacklevel=4,
             )
         return rows[~is_overlong]

@@ -51,7 +51,12 @@ class Row:
 
 
 def interleaved_stream(
-    utterances: Iterator[Tokens], rng: np.random.Generator, ids: IdSpace, policy: Policy, *, predict_switch: bool = False
+    utterances: Iterator[Tokens],
+    rng: np.random.Generator,
+    ids: IdSpace,
+    policy: Policy,
+    *,
+    predict_switch: bool = False,
 ) -> Iterator[Piece]:
     """Endless pieces of interleaved ids: every word once, in the modality that the policy says.
 

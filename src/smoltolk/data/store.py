@@ -287,8 +287,8 @@ class Store:
     def __getitem__(self, row: int) -> Utterance:
         group, row = self._place(row)
         fields: dict[str, Any] = {name: column[row].as_py() for name, column in self._decoded(group).items()}
-        text = bytes(self._groups[group].text(row)).decode()
-        return Utterance(text=text or None, **fields, **self._groups[group].arrays(row))
+        fields |= self._groups[group].arrays(row)
+        return Utterance(text=bytes(self._groups[group].text(row)).decode() or None, **fields)
 
     def tokens(self, row: int, *, reads_text: bool = False) -> Tokens:
         """The tokens of a row, without decoding anything; its text only where asked for."""
