@@ -70,8 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         for count in options.utterances:
             path = Path(folder) / f"of-{count}"
             simulate_store(shard, path, count, copy=options.copy)
-            # A process of its own: what it has in memory is this store's.
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
+            # A process of its own: what it gets in memory is this store's.
+            with multiprocessing.get_context("fork").Pool(1) as pool:
                 found[count] = pool.apply(measure, (path, options.lengths, options.rows, options.repeats))
             shutil.rmtree(path)
             print(json.dumps({"utterances": count, **found[count]}), flush=True)

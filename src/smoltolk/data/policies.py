@@ -130,7 +130,7 @@ class PoissonPolicy:
     1. m = η·n, rounded up with the probability of its fraction, so that the share is met on average.
     2. Lengths from Poisson(λ), 0 counting as 1, until they add up to m; the last one is cut to do so.
     3. The spans stand, in their order, at distinct places among the n − m other words, before, between and after
-       them; all choices of places are equally likely. Spans that find no place join the last one.
+       them; all choices of places are equally likely, so spans never touch. Spans that find no place join the last.
 
     Speech spans without units stay text.
 

@@ -156,7 +156,7 @@ class RowGroup:
             chunk = layout.column(index)
             chunks[chunk.path_in_schema.partition(".")[0]] = chunk
         for name in (*ENDS, *END_COLUMNS):
-            if chunks[name].compression != "UNCOMPRESSED" or set(chunks[name].encodings) > {"PLAIN", "RLE"}:
+            if chunks[name].compression != "UNCOMPRESSED" or not set(chunks[name].encodings) <= {"PLAIN", "RLE"}:
                 raise ValueError(
                     f"{path} was written by something else (column {name} is compressed or encoded): "
                     f"prepare the store again"
