@@ -2,18 +2,24 @@
 
 import io
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
 
+from smoltolk.speech.containers import FORMATS, container_fault, mp3_fault
+
 _MIN_SECONDS = 0.1
 _SILENCE_PEAK = 1e-4
 _MAX_PEAK = 10.0  # decoders overshoot 1 a little; integers kept as floats exceed it by far
 _CANCELLATION = 0.05  # a mix this much weaker (RMS) than its strongest channel has cancelled itself out
 _MAX_CHANNELS = 16
-_UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # what programs write to a header when they stream
+_SAMPLE_RATES_HZ = (4_000, 768_000)  # others come from broken headers; resampling from them would fill the memory
+_MAX_SECONDS = 4 * 3600.0
+_MAX_SAMPLES = 1 << 28  # of all channels: 1 GiB as float32, of which a few copies are made
+_UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's, of a FLAC file that was written to a pipe
 
 
 class AudioError(ValueError):
@@ -29,8 +35,8 @@ def load_audio(
 
     Args:
         source: a path, the bytes of a file, or an array (samples,) or (samples, channels) of floats in −1 … 1
-            or of int16. Files are told apart by content, not by name: WAV, FLAC, OGG, MP3, AIFF and what
-            else libsndfile reads.
+            or of int16. Files are told apart by content, not by name: WAV (RF64 and W64 too), FLAC, OGG, MP3,
+            AIFF, AU, CAF and NIST SPHERE.
         sample_rate_hz: wanted sampling rate.
         source_rate_hz: sampling rate of an array; files bring their own.
 
@@ -39,24 +45,24 @@ def load_audio(
 
     Raises:
         AudioError: the file is missing, is no audio or is truncated or broken; the audio is empty, silent,
-            shorter than 0.1 s, out of range or holds NaN; or the array has an unfit type or shape.
+            shorter than 0.1 s, too long to be held in memory, out of range or holds NaN; or the array has an
+            unfit type or shape.
     """
     if isinstance(source, np.ndarray):
         name = f"audio array {source.shape}"
         channels, rate_hz = _from_array(source, source_rate_hz, name)
     else:
         data, name = _read_bytes(source)
-        _refuse_truncated(data, name)
         channels, rate_hz = _decode(data, name)
 
     if not len(channels):
         raise AudioError(f"{name} has no samples: leave it out or record it again")
-    if not np.isfinite(channels).all():
+    peak = max(channels.max(), -channels.min())  # one without a copy of all samples; NaN if there is one
+    if not np.isfinite(peak):
         raise AudioError(f"{name} has NaN or infinite samples: repair it or leave it out")
     seconds = len(channels) / rate_hz
     if seconds < _MIN_SECONDS:
         raise AudioError(f"{name} lasts {seconds:.3f} s, less than {_MIN_SECONDS} s: leave it out")
-    peak = np.abs(channels).max()
     if peak < _SILENCE_PEAK:
         raise AudioError(f"{name} is silent (peak {peak:.1e}): leave it out or record it again")
     if peak > _MAX_PEAK:
@@ -107,9 +113,14 @@ def _read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
     else:
         path = Path(source)
         name = str(path)
-        if path.is_dir():
-            raise AudioError(f"{name} is a folder: give an audio file in it")
         try:
+            status = path.stat()
+            if stat.S_ISDIR(status.st_mode):
+                raise AudioError(f"{name} is a folder: give an audio file in it")
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever, a device never end
+                raise AudioError(f"{name} is a pipe or a device: save the audio to a file first")
+            if status.st_size > 4 * _MAX_SAMPLES:
+                raise AudioError(f"{name} has {status.st_size / 1e9:.1f} GB: read it in pieces, or cut it")
             source = path.read_bytes()
         except OSError as error:
             raise AudioError(f"{name} cannot be read ({error.strerror}): correct the path") from error
@@ -118,31 +129,15 @@ def _read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
     return source, name
 
 
-def _refuse_truncated(data: bytes, name: str) -> None:
-    """Compare the sample chunk of a WAV or AIFF file with its size: libsndfile reads what is there."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        samples_chunk, is_little_endian = b"data", True
-    elif data[:4] == b"FORM" and data[8:12] in (b"AIFF", b"AIFC"):
-        samples_chunk, is_little_endian = b"SSND", False
-    else:
-        return
-    start = 12
-    while start + 8 <= len(data):
-        size = int.from_bytes(data[start + 4 : start + 8], "little" if is_little_endian else "big")
-        if data[start : start + 4] == samples_chunk:
-            missing = start + 8 + size - len(data)
-            if size not in _UNKNOWN_SIZES and missing > 0:
-                raise AudioError(f"{name} is truncated ({missing} bytes are missing): copy it again")
-            return
-        start += 8 + size + size % 2  # chunks start at even bytes
-
-
 def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
     """Samples, float32 (samples, channels), and sampling rate of a file."""
+    if fault := container_fault(data):
+        raise AudioError(f"{name} {fault}")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            channels = file.read(dtype="float32", always_2d=True)
-            num_promised, rate_hz = file.frames, file.samplerate
+            _refuse_header(file, name)
+            channels = file.read(dtype="float32", always_2d=True, frames=file.frames)
+            num_promised, rate_hz, format_ = file.frames, file.samplerate, file.format
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{name} cannot be decoded ({error.error_string}): it is broken or no audio; copy it again or "
@@ -150,7 +145,33 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
         ) from error
     if len(channels) < num_promised:
         raise AudioError(f"{name} is broken: {len(channels)} of {num_promised} samples can be decoded; copy it again")
+    if format_ == "MP3" and (fault := mp3_fault(data, len(channels))):
+        raise AudioError(f"{name} {fault}")
     return channels, rate_hz
+
+
+def _refuse_header(file: soundfile.SoundFile, name: str) -> None:
+    """Refuse what a header says before anything is decoded."""
+    if file.format not in FORMATS:
+        raise AudioError(
+            f"{name} is a {file.format} file, in which a cut one cannot be told from a whole one: convert it to WAV"
+        )
+    lowest, highest = _SAMPLE_RATES_HZ
+    if not lowest <= file.samplerate <= highest:
+        raise AudioError(
+            f"{name} has a sampling rate of {file.samplerate} Hz, outside of {lowest} … {highest}: its header is "
+            "wrong; convert it again"
+        )
+    if file.channels > _MAX_CHANNELS:
+        raise AudioError(f"{name} has {file.channels} channels, more than {_MAX_CHANNELS}: keep the one that speaks")
+    if file.frames == _UNKNOWN_FRAMES:
+        raise AudioError(f"{name} does not say how long it is, it was written to a pipe: convert it again")
+    seconds = file.frames / file.samplerate
+    if seconds > _MAX_SECONDS or file.frames * file.channels > _MAX_SAMPLES:
+        raise AudioError(
+            f"{name} lasts {seconds / 3600:.1f} h in {file.channels} channels, too long to hold in memory: "
+            "read it in pieces, or cut it"
+        )
 
 
 def _from_array(array: np.ndarray, rate_hz: int | None, name: str) -> tuple[np.ndarray, int]:
@@ -170,6 +191,8 @@ def _from_array(array: np.ndarray, rate_hz: int | None, name: str) -> tuple[np.n
 
 def _mix_down(channels: np.ndarray) -> np.ndarray:
     """One channel (samples,) of (samples, channels)."""
+    if channels.shape[1] == 1:
+        return channels[:, 0]
     mix = channels.mean(axis=1)
     powers = np.square(channels, dtype=np.float64).mean(axis=0)
     if np.square(mix, dtype=np.float64).mean() < _CANCELLATION**2 * powers.max():
