@@ -238,7 +238,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "secret.wav"
     path.write_bytes(encoded())
     path.chmod(0)
-    with pytest.raises(AudioError, match="cannot be read .*Permission denied"):
+    with pytest.raises(AudioError, match=r"cannot be read .*Permission denied"):
         load_audio(path, sample_rate_hz=RATE_HZ)
 
 

@@ -1,8 +1,14 @@
 """Commands for data."""
 
 import argparse
+import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 
 def add_commands(commands: Any) -> None:
@@ -15,6 +21,19 @@ def add_commands(commands: Any) -> None:
     prepare.add_argument("--validation-share", type=float, default=0.0, help="share of rows for validation")
     prepare.add_argument("--workers", type=int, default=1, help="processes")
     prepare.set_defaults(run=_prepare)
+    _add_data(commands)
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="stores: check, preview, import of the authors' data")
+    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    check = actions.add_parser("check", help="read a whole store and say what is wrong or odd")
+    check.add_argument("store", type=Path, help="folder of the store")
+    check.add_argument("--speech-tokenizer", type=Path, help="folder of the speech tokenizer it should be of")
+    check.add_argument("--text-tokenizer", help="folder or name of the text tokenizer it should be of")
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    check.set_defaults(run=_check, resume_hint="stopped; nothing was changed")
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -40,3 +59,38 @@ def _prepare(options: argparse.Namespace) -> None:
         print(f"{summary.unaligned} of them have no word times: they serve as speech and as text, not interleaved")
     if summary.quarantined:
         print(f"{summary.quarantined} rows could not be used, see {options.output / 'quarantine.jsonl'}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from smoltolk.data.check import check_store
+    from smoltolk.speech.units import read_card
+
+    report = check_store(
+        options.store,
+        speech_fingerprint=options.speech_tokenizer and read_card(options.speech_tokenizer)["fingerprint"],
+        text_tokenizer=options.text_tokenizer and AutoTokenizer.from_pretrained(options.text_tokenizer),
+        progress=not options.json,
+    )
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        splits = ", ".join(f"{count} {split or 'without a split'}" for split, count in report.splits.items())
+        print(f"{options.store}: {report.rows} rows ({splits}), {report.hours:.2f} h, {report.words} words, ", end="")
+        print(f"{report.units} units of {report.units_used} kinds")
+        table = Table("over rows", "1 %", "50 %", "99 %")
+        for name, spread in report.spreads.items():
+            table.add_row(name, *(f"{value:.2f}" for value in (spread.low, spread.median, spread.high)))
+        console = Console()
+        console.print(table)
+        table = Table("", "found", "times", "such as", "what to do")
+        for found in report.findings:
+            cells = (found.kind, str(found.count), "\n".join(found.examples), found.remedy)
+            table.add_row("fault" if found.is_fault else "note", *map(escape, cells))
+        if report.findings:
+            console.print(table)
+    faults = [found.kind for found in report.findings if found.is_fault]
+    if faults:
+        raise ValueError(f"{options.store} has faults: {', '.join(faults)}")
+    print("no faults", file=sys.stderr if options.json else sys.stdout)

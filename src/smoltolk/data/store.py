@@ -191,7 +191,7 @@ def write_store(
     return Store(path)
 
 
-class _RowGroup:
+class RowGroup:
     """A decoded row group: offsets and values of each list column as NumPy views of Arrow memory."""
 
     def __init__(self, table: pa.Table) -> None:
@@ -233,7 +233,7 @@ class Store:
         self.shards = self._read_manifest()
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
-        self._cache: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
         self._group_starts: list[np.ndarray] = []  # first row of each row group, per shard
         self.max_text_id = -1
         for number, shard in enumerate(self.shards):
@@ -294,12 +294,12 @@ class Store:
         group = int(self._group_starts[shard].searchsorted(row, side="right")) - 1
         return self._row_group(shard, group)[row - int(self._group_starts[shard][group])]
 
-    def _row_group(self, shard: int, group: int) -> _RowGroup:
+    def _row_group(self, shard: int, group: int) -> RowGroup:
         if (shard, group) in self._cache:
             self._cache.move_to_end((shard, group))
             return self._cache[shard, group]
         with pq.ParquetFile(self.path / self.shards[shard].file, memory_map=True) as file:
-            decoded = _RowGroup(file.read_row_group(group))
+            decoded = RowGroup(file.read_row_group(group))
         self._cache[shard, group] = decoded
         self._cached_bytes += decoded.num_bytes
         while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
