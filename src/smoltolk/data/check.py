@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from smoltolk.data.interleaving import word_units
 from smoltolk.data.prepare import BLOCKS, QUARANTINE, SETTINGS
 from smoltolk.data.store import MANIFEST, RowGroup, Shard
-from smoltolk.data.text import encode_words, tokenizer_fingerprint
+from smoltolk.data.text import decode_tokens, encode_words, tokenizer_fingerprint
 from smoltolk.data.utterance import FORMAT_VERSION, StoreMetadata, Utterance, check_utterance, check_version
 
 PREPARE_AGAIN = "prepare the store again"
@@ -379,8 +379,8 @@ class _Check:
                 return
         except ValueError:
             pass  # the text cannot be tokenized any more: then its ids have to decode to it
-        decoded = str(tokenizer.decode(ids.tolist())) if ids.max() < len(tokenizer) else None
-        if decoded is None or decoded.split() != text.split():
+        decoded = decode_tokens(tokenizer, [ids])[0] if ids.max() < len(tokenizer) else ""
+        if decoded.split() != text.split():
             self._fault("text ids that are not the text's", utterance.id, "prepare it with the right text tokenizer")
         else:
             self._note("text that would be tokenized otherwise", utterance.id, "fine if it was imported as it is")
