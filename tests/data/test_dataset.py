@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from smoltolk.data.dataset import BatchSource, TaskMixture
-from smoltolk.data.interleaving import SpanPolicy
+from smoltolk.data.policies import SpanPolicy
 from smoltolk.data.store import Store, write_store
 from smoltolk.data.utterance import Utterance
 from smoltolk.model.configuration_smoltolk import IdSpace
@@ -56,7 +56,9 @@ def source(*stores, **changes):
 
 
 def test_a_batch_has_shapes_labels_and_names_of_its_samples(store):
-    batch = source(store).batch(seed=1, step=2, rows=30)
+    rows = source(store)
+    batch = rows.batch(seed=1, step=2, rows=30)
+    sample_ids = rows.sample_ids(batch)
     assert len(batch) == 30
     assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (30, 64)
     assert batch.input_ids.dtype == batch.labels.dtype == batch.attention_mask.dtype == torch.int64
@@ -67,15 +69,15 @@ def test_a_batch_has_shapes_labels_and_names_of_its_samples(store):
     is_speech = batch.input_ids >= IDS.speech_offset
     for row, task in enumerate(batch.tasks):
         assert is_switch[row].any() == (task == "interleaved")
-        assert all(name.startswith("a-train") for name in batch.sample_ids[row])
+        assert all(name.startswith("a-train") for name in sample_ids[row])
         if task == "speech":
             assert is_speech[row].all()
-            assert not any("-text-" in name for name in batch.sample_ids[row])
+            assert not any("-text-" in name for name in sample_ids[row])
         elif task == "text":
             assert not is_speech[row].any()
-            assert not any("-speech-" in name for name in batch.sample_ids[row])
+            assert not any("-speech-" in name for name in sample_ids[row])
         else:
-            assert all("-both-" in name for name in batch.sample_ids[row])
+            assert all("-both-" in name for name in sample_ids[row])
 
 
 def test_rows_depend_on_seed_step_and_number_alone(store):
@@ -88,7 +90,7 @@ def test_rows_depend_on_seed_step_and_number_alone(store):
         assert torch.equal(part.input_ids, whole.input_ids[list(rows)])
         assert torch.equal(part.labels, whole.labels[list(rows)])
         assert part.tasks == [whole.tasks[row] for row in rows]
-        assert part.sample_ids == [whole.sample_ids[row] for row in rows]
+        assert part.samples == [whole.samples[row] for row in rows]
     for seed, step in ((2, 2), (1, 3)):
         assert not torch.equal(other.batch(seed=seed, step=step, rows=12).input_ids, whole.input_ids)
 
@@ -98,12 +100,13 @@ def test_a_slice_of_a_batch_is_a_micro_batch(store):
     part = batch.select(slice(2, 4))
     assert len(part) == 2
     assert torch.equal(part.input_ids, batch.input_ids[2:4])
-    assert part.sample_ids == batch.sample_ids[2:4]
+    assert part.samples == batch.samples[2:4]
 
 
 def test_validation_rows_come_from_their_split(store):
-    batch = source(store, split="validation").batch(seed=0, step=0, rows=10)
-    assert all(name.startswith("a-validation") for names in batch.sample_ids for name in names)
+    rows = source(store, split="validation")
+    sample_ids = rows.sample_ids(rows.batch(seed=0, step=0, rows=10))
+    assert all(name.startswith("a-validation") for names in sample_ids for name in names)
 
 
 def test_tasks_and_stores_are_drawn_by_their_weights(tmp_path):
@@ -117,7 +120,7 @@ def test_tasks_and_stores_are_drawn_by_their_weights(tmp_path):
     batch = mixed.batch(seed=0, step=0, rows=600)
     assert batch.tasks.count("interleaved") == pytest.approx(400, abs=40)
     assert batch.tasks.count("text") == 0
-    drawn = [names[0][0] for names, task in zip(batch.sample_ids, batch.tasks, strict=True) if task != "speech"]
+    drawn = [names[0][0] for names, task in zip(mixed.sample_ids(batch), batch.tasks, strict=True) if task != "speech"]
     assert drawn.count("a") / len(drawn) == pytest.approx(0.75, abs=0.07)
 
 

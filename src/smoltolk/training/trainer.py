@@ -5,8 +5,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +29,7 @@ from smoltolk.training.checkpoints import (
     save_checkpoint,
 )
 from smoltolk.training.config import Recipe, StageSettings
+from smoltolk.training.loader import load_batches
 from smoltolk.training.optim import make_optimizer, training_flops, trapezoid
 
 METRICS_FILE = "metrics.jsonl"
@@ -89,14 +90,14 @@ class Trainer:
     def _run(self, stop: "StopRequests") -> Path:
         state, optimizer = self._start()
         self._truncate_metrics(state.step)
-        with self._bar(state) as report:
+        with self._bar(state) as report, closing(self._batches(state.step)) as batches:
             while state.step < self.recipe.num_steps:
                 index, step_of_stage = self.recipe.stage_at(state.step)
                 stage = self.recipe.stages[index]
                 if step_of_stage == 0:
                     optimizer = make_optimizer(self.model, stage)
                 started = time.perf_counter()
-                metrics = self._step(state, optimizer, index, step_of_stage)
+                metrics = self._step(state, next(batches), optimizer, index, step_of_stage)
                 metrics["seconds"] = time.perf_counter() - started
                 state.seconds += metrics["seconds"]
                 is_stage_end = step_of_stage == stage.steps - 1
@@ -125,11 +126,11 @@ class Trainer:
     def _make_model(self) -> SmolTolkForCausalLM:
         """New speech parts around the backbone, sized by the stores; made from the recipe's seed."""
         data = self.recipe.data
-        speech_stores = [self._store(share.store) for share in (*data.interleaved, *data.speech)]
+        speech_stores = [self._store(share.store) for task in TASKS if task != "text" for share in data.stores(task)]
         cards = [store.metadata.speech_tokenizer for store in speech_stores]
         card = next((card for card in cards if card is not None), None)
         if card is None:
-            raise ValueError("data names no store with speech: give one under interleaved or speech")
+            raise ValueError("data names no store with speech: give one under interleaved, speech, …")
         settings = self.recipe.model.model_dump(exclude={"backbone"})
         torch.manual_seed(self.recipe.seed)
         model = SmolTolkForCausalLM.from_backbone(
@@ -169,11 +170,11 @@ class Trainer:
     def _source(self, stage: StageSettings, mixture: TaskMixture | None = None, split: str = "train") -> BatchSource:
         data, config = self.recipe.data, self.model.config
         return BatchSource(
-            {task: [(self._store(share.store), share.weight) for share in getattr(data, task)] for task in TASKS},
+            {task: [(self._store(share.store), share.weight) for share in data.stores(task)] for task in TASKS},
             mixture=mixture or stage.mixture.tasks,
             ids=self.model.ids,
             row_tokens=stage.row_tokens,
-            policy=data.policy,
+            policy=data.policy.make(),
             split=split,
             max_positions=config.max_position_embeddings,
             predict_switch=config.predict_switch,
@@ -186,11 +187,18 @@ class Trainer:
         if not self.recipe.validation.rows:
             return
         for task in TASKS:
-            if getattr(self.recipe.data, task):
+            if self.recipe.data.stores(task):
                 source = self._source(
                     self.recipe.stages[-1], TaskMixture(**{t: float(t == task) for t in TASKS}), "validation"
                 )
                 yield task, source.batch(VALIDATION_SEED, 0, rows=self.recipe.validation.rows)
+
+    def _batches(self, first_step: int) -> Generator[Batch, None, None]:
+        """The batches of all steps from the first one on."""
+        workers = self.recipe.loader_workers
+        if workers is None:
+            workers = 0 if self.device.type == "cpu" else 4
+        return load_batches(self.recipe, self._sources, first_step, workers)
 
     # ---- start, save, end
 
@@ -249,12 +257,11 @@ class Trainer:
     # ---- one step
 
     def _step(
-        self, state: RunState, optimizer: torch.optim.Optimizer, index: int, step_of_stage: int
+        self, state: RunState, batch: Batch, optimizer: torch.optim.Optimizer, index: int, step_of_stage: int
     ) -> dict[str, Any]:
         """One optimizer step; advances the state and returns the step's metrics."""
         stage = self.recipe.stages[index]
         torch.manual_seed(self.recipe.seed + state.step)  # dropout, where a backbone has it
-        batch = self._sources[index].batch(self.recipe.seed, state.step, rows=stage.rows_per_step)
         num_text, num_speech = self.model.count_labels(batch.input_ids, batch.labels)
         num_labels = max(1, num_text + num_speech)
         self.model.train()
@@ -289,7 +296,7 @@ class Trainer:
             is_backbone_trained=stage.train == "everything",
         )
         if not is_finite:
-            self._count_skipped(state, batch)
+            self._count_skipped(state, self._sources[index], batch)
         return {
             "step": state.step,
             "stage": index + 1,
@@ -315,10 +322,10 @@ class Trainer:
                 num_items_in_batch=num_labels,
             )
 
-    def _count_skipped(self, state: RunState, batch: Batch) -> None:
+    def _count_skipped(self, state: RunState, source: BatchSource, batch: Batch) -> None:
         state.skipped_steps += 1
         if state.skipped_steps > self.recipe.max_skipped_steps:
-            samples = sorted({sample for row in batch.sample_ids for sample in row})
+            samples = sorted({sample for row in source.sample_ids(batch) for sample in row})
             raise FloatingPointError(
                 f"{state.skipped_steps} steps had a loss or gradient that was not finite, more than "
                 f"max_skipped_steps {self.recipe.max_skipped_steps}; at step {state.step} the batch held the "
