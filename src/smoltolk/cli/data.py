@@ -1,71 +1,85 @@
 """Commands for data."""
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 
 def add_commands(commands: Any) -> None:
     """Adds the commands of this part to the subparsers of the command line."""
-    prepare = commands.add_parser("prepare", help="make a store of units and text from recordings")
-    prepare.add_argument("source", type=Path, help="JSONL or CSV manifest, or a folder of audio and .txt files")
-    prepare.add_argument("output", type=Path, help="folder of the store")
-    prepare.add_argument("--speech-tokenizer", type=Path, required=True, help="folder of the speech tokenizer")
-    prepare.add_argument("--text-tokenizer", required=True, help="folder or name of the text LM's tokenizer")
-    prepare.add_argument("--validation-share", type=float, default=0.0, help="share of rows for validation")
-    prepare.add_argument("--workers", type=int, default=1, help="processes")
-    prepare.set_defaults(run=_prepare)
-    _add_data(commands)
+    _add_prepare(commands)
 
 
-def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="stores: check, preview, import of the authors' data")
-    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    check = actions.add_parser("check", help="read a whole store and say what is wrong or odd")
-    check.add_argument("store", type=Path, help="folder of the store")
-    check.add_argument("--speech-tokenizer", type=Path, help="folder of the speech tokenizer it should be of")
-    check.add_argument("--text-tokenizer", help="folder or name of the text tokenizer it should be of")
-    check.add_argument("--json", action="store_true", help="print the report as JSON")
-    check.set_defaults(run=_check, resume_hint="stopped; nothing was changed")
-
-    importing = actions.add_parser("import-authors", help="make a store from data in the authors' layout")
-    importing.add_argument("source", type=Path, help="folder of a dataset, with a folder for each kind of tokens")
-    importing.add_argument("output", type=Path, help="folder of the store")
-    importing.add_argument("--speech-tokens", metavar="FOLDER", help="folder of units in it, such as mhubert25hzl11")
-    importing.add_argument("--text-tokens", metavar="FOLDER", help="folder of text tokens in it, such as smollm")
-    importing.add_argument(
-        "--speech-tokenizer-card", type=Path, help="folder of the speech tokenizer, or JSON file of its card"
+def _add_prepare(commands: Any) -> None:
+    prepare = commands.add_parser("prepare", help="make a store of units and text from recordings, datasets, corpora")
+    prepare.add_argument(
+        "source",
+        help="manifest (.jsonl, .csv), folder of audio and .txt files, or KIND:… such as librispeech:PATH, "
+        "hf:NAME:CONFIG:SPLIT, text:PATH; see docs/data.md",
     )
-    importing.add_argument("--text-tokenizer", help="folder or name of the text tokenizer")
-    pairs: dict[str, Any] = {"nargs": "+", "metavar": "NAME=VALUE"}
-    importing.add_argument("--split", **pairs, help="files to read, and what each becomes, such as large=train")
-    importing.add_argument("--speech-meta", **pairs, help="vocab_size, eos, pad, frame_rate, n_q; default: meta.pkl")
-    importing.add_argument("--text-meta", **pairs, help="vocab_size and eos; default: meta.pkl")
-    importing.add_argument("--dtype", **pairs, help="type of the numbers in a file, such as speech.len=uint16")
-    importing.set_defaults(run=_import_authors, resume_hint="stopped; nothing was written")
+    prepare.add_argument("output", type=Path, help="folder of the store")
+    prepare.add_argument("--speech-tokenizer", type=Path, help="folder of the speech tokenizer; for audio")
+    prepare.add_argument("--text-tokenizer", help="folder or name of the text LM's tokenizer; for text")
+    prepare.add_argument(
+        "--columns", nargs="+", type=_column, metavar="OURS=THEIRS", help="columns to read, such as text=sentence"
+    )
+    prepare.add_argument("--audio-folder", type=Path, help="folder with all audio; default: where the manifest is")
+    prepare.add_argument("--validation-share", type=float, default=0.0, help="share of rows for validation")
+    prepare.add_argument("--rows-per-shard", type=int, help="rows of a shard, the most a kill can lose per worker")
+    prepare.add_argument("--aligner", choices=("pocketsphinx", "ctc"), help="find word times where there are none")
+    prepare.add_argument("--aligner-model", help="folder or name of the aligner's model")
+    prepare.add_argument("--min-confidence", type=float, help="quarantine alignments below this")
+    prepare.add_argument("--workers", type=int, default=1, help="processes, or Ray actors")
+    prepare.add_argument("--batch-seconds", type=float, help="audio that is encoded together")
+    prepare.add_argument("--engine", choices=("local", "ray"), default="local")
+    prepare.add_argument("--gpus-per-worker", type=float, default=0.0, help="for each Ray actor")
+    prepare.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="do part I of N, such as 3/8")
+    prepare.add_argument("--join", type=Path, nargs="+", default=[], metavar="FOLDER", help="outputs of finished parts")
+    prepare.set_defaults(run=_prepare)
+
+
+def _column(text: str) -> tuple[str, str]:
+    ours, separator, theirs = text.partition("=")
+    if not (ours and separator and theirs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form text=sentence")
+    return ours, theirs
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 3/8")
+    return int(number), int(count)
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
+    from smoltolk.data.corpora import open_source
     from smoltolk.data.prepare import prepare
+    from smoltolk.data.summary import PICTURE, draw
     from smoltolk.speech.units import load_speech_tokenizer
 
+    optional = {"rows_per_shard": options.rows_per_shard, "batch_s": options.batch_seconds}
     summary = prepare(
-        options.source,
+        open_source(
+            options.source,
+            columns=None if options.columns is None else dict(options.columns),
+            audio_folder=options.audio_folder,
+        ),
         options.output,
-        speech_tokenizer=load_speech_tokenizer(options.speech_tokenizer),
-        text_tokenizer=AutoTokenizer.from_pretrained(options.text_tokenizer),
+        speech_tokenizer=None if options.speech_tokenizer is None else load_speech_tokenizer(options.speech_tokenizer),
+        text_tokenizer=_load_text_tokenizer(options.text_tokenizer),
+        aligner=_make_aligner(options),
         validation_share=options.validation_share,
         workers=options.workers,
+        engine=options.engine,
+        gpus_per_worker=options.gpus_per_worker,
+        part=options.part,
+        join=options.join,
+        **{name: value for name, value in optional.items() if value is not None},
     )
+    if summary is None:
+        print(f"{options.output}: part {options.part[0]}/{options.part[1]} is done, other parts are not")
+        return
     splits = ", ".join(f"{count} {split}" for split, count in summary.splits.items())
     print(
         f"{options.output}: {summary.utterances} utterances ({splits}), {summary.hours:.2f} h, {summary.words} words, "
@@ -74,94 +88,31 @@ def _prepare(options: argparse.Namespace) -> None:
     if summary.unaligned:
         print(f"{summary.unaligned} of them have no word times: they serve as speech and as text, not interleaved")
     if summary.quarantined:
-        print(f"{summary.quarantined} rows could not be used, see {options.output / 'quarantine.jsonl'}")
+        print(
+            f"{summary.quarantined} rows ({summary.share_quarantined:.2%}) could not be used, see "
+            f"{options.output / 'quarantine.jsonl'}:"
+        )
+        for reason, count in list(summary.reasons.items())[:5]:
+            print(f"  {count} × {reason}")
+    try:
+        draw(summary, options.output / PICTURE)
+    except ImportError as error:
+        print(f"no picture: {error}")
 
 
-def _check(options: argparse.Namespace) -> None:
+def _load_text_tokenizer(name: str | None) -> Any:
+    if name is None:
+        return None
     from transformers import AutoTokenizer
 
-    from smoltolk.data.check import check_store
-    from smoltolk.speech.units import read_card
-
-    report = check_store(
-        options.store,
-        speech_fingerprint=options.speech_tokenizer and read_card(options.speech_tokenizer)["fingerprint"],
-        text_tokenizer=options.text_tokenizer and AutoTokenizer.from_pretrained(options.text_tokenizer),
-        progress=not options.json,
-    )
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
-    else:
-        splits = ", ".join(f"{count} {split or 'without a split'}" for split, count in report.splits.items())
-        print(f"{options.store}: {report.rows} rows ({splits}), {report.hours:.2f} h, {report.words} words, ", end="")
-        print(f"{report.units} units of {report.units_used} kinds")
-        table = Table("over rows", "1 %", "50 %", "99 %")
-        for name, spread in report.spreads.items():
-            table.add_row(name, *(f"{value:.2f}" for value in (spread.low, spread.median, spread.high)))
-        console = Console()
-        console.print(table)
-        table = Table("", "found", "times", "such as", "what to do")
-        for found in report.findings:
-            cells = (found.kind, str(found.count), "\n".join(found.examples), found.remedy)
-            table.add_row("fault" if found.is_fault else "note", *map(escape, cells))
-        if report.findings:
-            console.print(table)
-    faults = [found.kind for found in report.findings if found.is_fault]
-    if faults:
-        raise ValueError(f"{options.store} has faults: {', '.join(faults)}")
-    print("no faults", file=sys.stderr if options.json else sys.stdout)
+    return AutoTokenizer.from_pretrained(name)
 
 
-def _import_authors(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
+def _make_aligner(options: argparse.Namespace) -> Any:
+    if options.aligner is None:
+        if options.aligner_model is not None or options.min_confidence is not None:
+            raise ValueError("--aligner-model and --min-confidence belong to an aligner: give --aligner")
+        return None
+    from smoltolk.speech.alignment import make_aligner
 
-    from smoltolk.data.authors import import_authors
-
-    summary = import_authors(
-        options.source,
-        options.output,
-        speech_tokens=options.speech_tokens,
-        text_tokens=options.text_tokens,
-        speech_tokenizer=options.speech_tokenizer_card and _speech_card(options.speech_tokenizer_card),
-        text_tokenizer=options.text_tokenizer and AutoTokenizer.from_pretrained(options.text_tokenizer),
-        splits=_pairs(options.split),
-        speech_meta=_numbers(options.speech_meta),
-        text_meta=_numbers(options.text_meta),
-        dtypes=_pairs(options.dtype),
-    )
-    splits = ", ".join(f"{count} {split}" for split, count in summary.splits.items())
-    print(f"{options.output}: {summary.utterances} utterances ({splits})")
-    for file, width in summary.widths.items():
-        print(f"{file}: {width}")
-    if summary.unaligned:
-        print(f"{summary.unaligned} have no word times: they serve as speech and as text, not interleaved")
-    if summary.quarantined:
-        print(f"{summary.quarantined} could not be used, see {options.output / 'quarantine.jsonl'}")
-
-
-def _speech_card(path: Path) -> dict[str, Any]:
-    from smoltolk.speech.units import load_speech_tokenizer
-
-    if path.is_dir():
-        return load_speech_tokenizer(path).card()
-    try:
-        card = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): give the card of a speech tokenizer") from None
-    if not isinstance(card, dict):
-        raise ValueError(f"{path} is not the card of a speech tokenizer: give an object with its fingerprint")
-    return card
-
-
-def _pairs(arguments: list[str] | None) -> dict[str, str] | None:
-    if wrong := [argument for argument in arguments or [] if "=" not in argument]:
-        raise ValueError(f"{wrong[0]!r} is not of the form NAME=VALUE")
-    return None if arguments is None else dict(argument.split("=", 1) for argument in arguments)
-
-
-def _numbers(arguments: list[str] | None) -> dict[str, float] | None:
-    pairs = _pairs(arguments)
-    try:
-        return None if pairs is None else {name: float(value) for name, value in pairs.items()}
-    except ValueError as error:
-        raise ValueError(f"{' '.join(arguments or [])}: {error}; give numbers") from None
+    return make_aligner(options.aligner, model=options.aligner_model, min_confidence=options.min_confidence)
