@@ -2,7 +2,10 @@
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -46,26 +49,48 @@ def load_audio(
         channels, rate_hz = _from_array(source, source_rate_hz, name)
     else:
         data, name = _read_bytes(source)
-        _refuse_truncated(data, name)
+        _refuse_truncated(io.BytesIO(data), name)
         channels, rate_hz = _decode(data, name)
 
-    if not len(channels):
-        raise AudioError(f"{name} has no samples: leave it out or record it again")
-    if not np.isfinite(channels).all():
-        raise AudioError(f"{name} has NaN or infinite samples: repair it or leave it out")
-    seconds = len(channels) / rate_hz
-    if seconds < _MIN_SECONDS:
-        raise AudioError(f"{name} lasts {seconds:.3f} s, less than {_MIN_SECONDS} s: leave it out")
-    peak = np.abs(channels).max()
-    if peak < _SILENCE_PEAK:
-        raise AudioError(f"{name} is silent (peak {peak:.1e}): leave it out or record it again")
-    if peak > _MAX_PEAK:
-        raise AudioError(f"{name} has samples up to {peak:.0f}: scale it to −1 … 1")
-
-    audio = _mix_down(channels)
+    survey = _Survey(channels.shape[1])
+    survey.add(channels)
+    survey.refuse_unusable(name, rate_hz)
+    audio = survey.mix_down(channels)
     if rate_hz != sample_rate_hz:
         audio = soxr.resample(audio, rate_hz, sample_rate_hz)
     return np.ascontiguousarray(audio, dtype=np.float32)
+
+
+def stream_audio(path: str | Path, *, sample_rate_hz: int, block_s: float = 10.0) -> Iterator[np.ndarray]:
+    """Read an audio file of any length in blocks; together they are what `load_audio` returns.
+
+    The file is decoded twice, which takes the memory of a few blocks. The first time, before this returns, it is
+    checked and its channels are weighed as a whole, so that nothing is given out of a file that cannot be used.
+
+    Args:
+        path: the file.
+        sample_rate_hz: wanted sampling rate.
+        block_s: length of a block before it is resampled.
+
+    Returns:
+        Iterator over blocks of one channel, float32 (samples,), none of them empty.
+
+    Raises:
+        AudioError: as `load_audio`; while iterating, if the file has changed since it was checked.
+        ValueError: `block_s` is not above 0.
+    """
+    if block_s <= 0:
+        raise ValueError(f"block_s is {block_s}: give a length above 0")
+    name = str(path)
+    with _open(Path(path)) as file:
+        _refuse_truncated(file, name)
+    survey, rate_hz = None, 0
+    for channels, rate_hz in _decode_blocks(path, block_s):
+        survey = survey or _Survey(channels.shape[1])
+        survey.add(channels)
+    survey = survey or _Survey(1)
+    survey.refuse_unusable(name, rate_hz)
+    return _resampled_blocks(path, survey, sample_rate_hz, block_s)
 
 
 def save_wav(path: str | Path, audio: np.ndarray, sample_rate_hz: int) -> None:
@@ -104,33 +129,48 @@ def _read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
     """Content and name of a file."""
     if isinstance(source, bytes):
         name = f"audio of {len(source)} bytes"
+        if not source:
+            raise AudioError(f"{name} is empty: leave it out or copy it again")
     else:
-        path = Path(source)
-        name = str(path)
-        if path.is_dir():
-            raise AudioError(f"{name} is a folder: give an audio file in it")
-        try:
-            source = path.read_bytes()
-        except OSError as error:
-            raise AudioError(f"{name} cannot be read ({error.strerror}): correct the path") from error
-    if not source:
-        raise AudioError(f"{name} is empty: leave it out or copy it again")
+        name = str(source)
+        with _open(Path(source)) as file:
+            source = file.read()
     return source, name
 
 
-def _refuse_truncated(data: bytes, name: str) -> None:
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """A file that is there and not empty."""
+    if path.is_dir():
+        raise AudioError(f"{path} is a folder: give an audio file in it")
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise AudioError(f"{path} cannot be read ({error.strerror}): correct the path") from error
+    with file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise AudioError(f"{path} is empty: leave it out or copy it again")
+        yield file
+
+
+def _refuse_truncated(file: BinaryIO, name: str) -> None:
     """Compare the sample chunk of a WAV or AIFF file with its size: libsndfile reads what is there."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] == b"RIFF" and head[8:] == b"WAVE":
         samples_chunk, is_little_endian = b"data", True
-    elif data[:4] == b"FORM" and data[8:12] in (b"AIFF", b"AIFC"):
+    elif head[:4] == b"FORM" and head[8:] in (b"AIFF", b"AIFC"):
         samples_chunk, is_little_endian = b"SSND", False
     else:
         return
     start = 12
-    while start + 8 <= len(data):
-        size = int.from_bytes(data[start + 4 : start + 8], "little" if is_little_endian else "big")
-        if data[start : start + 4] == samples_chunk:
-            missing = start + 8 + size - len(data)
+    while start + 8 <= num_bytes:
+        file.seek(start)
+        chunk, length = file.read(4), file.read(4)
+        size = int.from_bytes(length, "little" if is_little_endian else "big")
+        if chunk == samples_chunk:
+            missing = start + 8 + size - num_bytes
             if size not in _UNKNOWN_SIZES and missing > 0:
                 raise AudioError(f"{name} is truncated ({missing} bytes are missing): copy it again")
             return
@@ -139,18 +179,57 @@ def _refuse_truncated(data: bytes, name: str) -> None:
 
 def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
     """Samples, float32 (samples, channels), and sampling rate of a file."""
+    with _decoding(name), soundfile.SoundFile(io.BytesIO(data)) as file:
+        channels = file.read(dtype="float32", always_2d=True)
+        num_promised, rate_hz = file.frames, file.samplerate
+    _refuse_missing(len(channels), num_promised, name)
+    return channels, rate_hz
+
+
+def _decode_blocks(path: str | Path, block_s: float) -> Iterator[tuple[np.ndarray, int]]:
+    """Samples, float32 (samples, channels), and sampling rate of each block of a file; none of them empty."""
+    name, num_samples = str(path), 0
+    # A descriptor has no name that libsndfile could take for the format.
+    with _open(Path(path)) as opened, _decoding(name), soundfile.SoundFile(opened.fileno(), closefd=False) as file:
+        block_samples = max(1, round(block_s * file.samplerate))
+        while len(channels := file.read(block_samples, dtype="float32", always_2d=True)):
+            num_samples += len(channels)
+            yield channels, file.samplerate
+        num_promised = file.frames
+    _refuse_missing(num_samples, num_promised, name)
+
+
+def _resampled_blocks(path: str | Path, survey: "_Survey", sample_rate_hz: int, block_s: float) -> Iterator[np.ndarray]:
+    resampler, num_samples = None, 0
+    for channels, rate_hz in _decode_blocks(path, block_s):
+        num_samples += len(channels)
+        if channels.shape[1] != len(survey.energies) or num_samples > survey.num_samples:
+            break
+        audio = np.ascontiguousarray(survey.mix_down(channels), dtype=np.float32)
+        if rate_hz != sample_rate_hz:
+            resampler = resampler or soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32")
+            audio = resampler.resample_chunk(audio, last=num_samples == survey.num_samples)
+        if len(audio):
+            yield audio
+    if num_samples != survey.num_samples:
+        raise AudioError(f"{path} has changed while it was read: read it again when it is whole")
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Says of what libsndfile refuses which file it is, and what to do."""
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            channels = file.read(dtype="float32", always_2d=True)
-            num_promised, rate_hz = file.frames, file.samplerate
+        yield
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{name} cannot be decoded ({error.error_string}): it is broken or no audio; copy it again or "
             "convert it to WAV"
         ) from error
-    if len(channels) < num_promised:
-        raise AudioError(f"{name} is broken: {len(channels)} of {num_promised} samples can be decoded; copy it again")
-    return channels, rate_hz
+
+
+def _refuse_missing(num_samples: int, num_promised: int, name: str) -> None:
+    if num_samples < num_promised:
+        raise AudioError(f"{name} is broken: {num_samples} of {num_promised} samples can be decoded; copy it again")
 
 
 def _from_array(array: np.ndarray, rate_hz: int | None, name: str) -> tuple[np.ndarray, int]:
@@ -168,10 +247,42 @@ def _from_array(array: np.ndarray, rate_hz: int | None, name: str) -> tuple[np.n
     return array.astype(np.float32), rate_hz
 
 
-def _mix_down(channels: np.ndarray) -> np.ndarray:
-    """One channel (samples,) of (samples, channels)."""
-    mix = channels.mean(axis=1)
-    powers = np.square(channels, dtype=np.float64).mean(axis=0)
-    if np.square(mix, dtype=np.float64).mean() < _CANCELLATION**2 * powers.max():
-        return channels[:, powers.argmax()]
-    return mix
+class _Survey:
+    """What the samples of a file are like as a whole."""
+
+    def __init__(self, num_channels: int) -> None:
+        self.num_samples = 0
+        self.is_finite = True
+        self.peak = 0.0
+        self.energies = np.zeros(num_channels)  # of each channel
+        self.mix_energy = 0.0
+
+    def add(self, channels: np.ndarray) -> None:
+        """Take in samples, float32 (samples, channels)."""
+        self.num_samples += len(channels)
+        self.is_finite = self.is_finite and bool(np.isfinite(channels).all())
+        if not self.is_finite or not len(channels):
+            return
+        self.peak = max(self.peak, float(np.abs(channels).max()))
+        self.energies += np.square(channels, dtype=np.float64).sum(axis=0)
+        self.mix_energy += float(np.square(channels.mean(axis=1), dtype=np.float64).sum())
+
+    def refuse_unusable(self, name: str, rate_hz: int) -> None:
+        """Raise for audio that is empty, not finite, too short, silent or too loud."""
+        if not self.num_samples:
+            raise AudioError(f"{name} has no samples: leave it out or record it again")
+        if not self.is_finite:
+            raise AudioError(f"{name} has NaN or infinite samples: repair it or leave it out")
+        seconds = self.num_samples / rate_hz
+        if seconds < _MIN_SECONDS:
+            raise AudioError(f"{name} lasts {seconds:.3f} s, less than {_MIN_SECONDS} s: leave it out")
+        if self.peak < _SILENCE_PEAK:
+            raise AudioError(f"{name} is silent (peak {self.peak:.1e}): leave it out or record it again")
+        if self.peak > _MAX_PEAK:
+            raise AudioError(f"{name} has samples up to {self.peak:.0f}: scale it to −1 … 1")
+
+    def mix_down(self, channels: np.ndarray) -> np.ndarray:
+        """One channel (samples,) of some of the samples (samples, channels)."""
+        if self.mix_energy < _CANCELLATION**2 * self.energies.max():
+            return channels[:, self.energies.argmax()]
+        return channels.mean(axis=1)
