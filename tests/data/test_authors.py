@@ -13,9 +13,9 @@ from tests.conftest import SPEECH_CARD, TEXT_VOCAB, tiny_text_tokenizer
 from smoltolk import cli
 from smoltolk.data.authors import import_authors, read_meta
 from smoltolk.data.check import Limits, check_store
-from smoltolk.data.prepare import QUARANTINE
 from smoltolk.data.store import MANIFEST, Store
 from smoltolk.data.text import encode_words, tokenizer_fingerprint
+from smoltolk.data.work_folder import QUARANTINE
 
 TOKENIZER = tiny_text_tokenizer()
 EOS = SPEECH_CARD["num_units"]

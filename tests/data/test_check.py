@@ -15,10 +15,12 @@ from smoltolk import cli
 from smoltolk.data import store as store_module
 from smoltolk.data import utterance as utterance_module
 from smoltolk.data.check import Limits, check_store
-from smoltolk.data.prepare import BLOCKS, QUARANTINE, SETTINGS, prepare
+from smoltolk.data.corpora import open_source
+from smoltolk.data.prepare import prepare
 from smoltolk.data.store import MANIFEST, StoreWriter, write_shard, write_store
 from smoltolk.data.text import tokenizer_fingerprint
 from smoltolk.data.utterance import StoreMetadata, Utterance
+from smoltolk.data.work_folder import BLOCKS, QUARANTINE, SETTINGS
 
 TOKENIZER = tiny_text_tokenizer()
 TOKENIZERS = {"text_tokenizer_fingerprint": tokenizer_fingerprint(TOKENIZER), "speech_tokenizer": SPEECH_CARD}
@@ -95,10 +97,10 @@ def test_a_file_is_refused(tmp_path):
         ("{", "damaged manifest", "Expecting property name"),
         ("[]", "damaged manifest", "not a JSON object"),
         ("\udcff", "damaged manifest", "utf-8"),
-        ('{"format_version": 1}', "damaged manifest", "lists no shards"),
-        ('{"format_version": 1, "shards": [3]}', "damaged manifest", "3 is no shard"),
-        ('{"format_version": 1, "shards": [{"file": "a"}]}', "damaged manifest", "is no shard"),
-        ('{"format_version": 2, "shards": []}', "other format version", "version 2, this smoltolk reads 1"),
+        ('{"format_version": 2}', "damaged manifest", "lists no shards"),
+        ('{"format_version": 2, "shards": [3]}', "damaged manifest", "3 is no shard"),
+        ('{"format_version": 2, "shards": [{"file": "a"}]}', "damaged manifest", "is no shard"),
+        ('{"format_version": 3, "shards": []}', "other format version", "version 3, this smoltolk reads 2"),
     ],
 )
 def test_a_damaged_manifest_is_found(tmp_path, content, kind, example):
@@ -152,7 +154,7 @@ def test_a_shard_of_another_store_of_another_version_or_schema_is_found(tmp_path
     pq.write_table(pa.table({"a": [1]}), path / "shard-00000.parquet")
     examples = found(path)["shard of another kind"].examples
     assert "format version None" in examples[0]
-    assert "format version 7, this smoltolk reads version 1" in examples[1]
+    assert "format version 7, this smoltolk reads version 2" in examples[1]
 
 
 def test_leftovers_and_a_writer_at_work_are_found(tmp_path):
@@ -177,14 +179,17 @@ def test_a_preparation_that_is_not_finished_says_how_to_go_on(tmp_path, monkeypa
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     settings = {"speech_tokenizer": None, "text_tokenizer": TOKENIZER, "rows_per_shard": 2, "progress": False}
     path = tmp_path / "store"
-    prepare(tmp_path / "m.jsonl", path, **settings)
+    prepare(open_source(str(tmp_path / "m.jsonl")), path, **settings)
     assert faults(path, text_tokenizer=TOKENIZER) == []
     (path / MANIFEST).unlink()
-    (path / BLOCKS).mkdir()
-    (path / BLOCKS / "00000.json").touch()
+    (path / BLOCKS / "00000").mkdir(parents=True)
+    (path / BLOCKS / "00000" / "done.json").touch()
     finding = found(path)["preparation not finished"]
-    assert finding.examples == ("1 of 4 blocks are done",)
+    assert finding.examples == (
+        f"1 of {json.loads((path / SETTINGS).read_text())['source_pieces']} pieces of the source are done",
+    )
     assert "same `smoltolk prepare` command" in finding.remedy
+    shutil.move(path / "shard-00001.parquet", path / BLOCKS / "00000")
     assert check_store(path, progress=False).rows == 7  # what is there is checked all the same
     (path / SETTINGS).write_text("{")
     assert found(path)["preparation not finished"].examples == ("prepare.json is damaged",)

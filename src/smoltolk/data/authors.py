@@ -48,10 +48,10 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from smoltolk.data.prepare import QUARANTINE
 from smoltolk.data.store import ROWS_PER_SHARD, StoreWriter
 from smoltolk.data.text import decode_tokens, encode_words, tokenizer_fingerprint
 from smoltolk.data.utterance import Utterance
+from smoltolk.data.work_folder import QUARANTINE
 from smoltolk.speech.units import Units
 
 SPLITS = {"train": "train", "large": "train", "val": "validation", "dev-clean": "validation", "dev-other": "validation"}

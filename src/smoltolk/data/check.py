@@ -8,10 +8,10 @@ rows that occur twice and to say how the rows are spread.
 import fcntl
 import hashlib
 import json
-import math
 import re
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,20 @@ import pyarrow.parquet as pq
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from smoltolk.data.interleaving import word_units
-from smoltolk.data.prepare import BLOCKS, QUARANTINE, SETTINGS
-from smoltolk.data.store import MANIFEST, RowGroup, Shard
+from smoltolk.data.shard import SHARD_SCHEMA, RowGroup, Tokens, tokens_of
+from smoltolk.data.store import MANIFEST, Shard
 from smoltolk.data.text import decode_tokens, encode_words, tokenizer_fingerprint
-from smoltolk.data.utterance import FORMAT_VERSION, StoreMetadata, Utterance, check_utterance, check_version
+from smoltolk.data.utterance import (
+    FORMAT_VERSION,
+    LIST_TYPES,
+    SCHEMA,
+    StoreMetadata,
+    Utterance,
+    check_utterance,
+    check_version,
+    word_units,
+)
+from smoltolk.data.work_folder import BLOCKS, QUARANTINE, SETTINGS
 
 PREPARE_AGAIN = "prepare the store again"
 COPY_AGAIN = "copy it again, or prepare the store again"
@@ -210,7 +219,7 @@ class _Check:
 
     def folder(self) -> None:
         """Look at the manifest, and at what lies beside the shards."""
-        files = sorted(path.name for path in self.path.glob("*.parquet"))
+        files = sorted(path.relative_to(self.path).as_posix() for path in self.path.rglob("*.parquet"))
         if not (self.path / MANIFEST).exists():
             self._no_manifest()
             self.shards = [Shard(file, -1, (self.path / file).stat().st_size, "") for file in files]
@@ -240,16 +249,16 @@ class _Check:
             return
         try:
             begun = json.loads(settings.read_bytes())
-            num_blocks = math.ceil(begun["source_rows"] / begun["rows_per_shard"])
-            chosen = f"--validation-share {begun['validation_share']}"
-        except (ValueError, KeyError, TypeError, ZeroDivisionError):
+            num_pieces = begun["source_pieces"]
+            chosen = f"--validation-share {begun['validation_share']} and --rows-per-shard {begun['rows_per_shard']}"
+        except (ValueError, KeyError, TypeError):
             self._fault("preparation not finished", f"{SETTINGS} is damaged", f"delete the folder and {PREPARE_AGAIN}")
             return
-        num_done = len(list((self.path / BLOCKS).glob("*.json")))
+        num_done = len(list((self.path / BLOCKS).glob("*/done.json")))
         self._fault(
             "preparation not finished",
-            f"{num_done} of {num_blocks} blocks are done",
-            f"go on with the same `smoltolk prepare` command (it had {chosen}): finished blocks are kept",
+            f"{num_done} of {num_pieces} pieces of the source are done",
+            f"go on with the same `smoltolk prepare` command (it had {chosen}): what is done is kept",
         )
 
     def _manifest(self) -> None:
@@ -281,7 +290,7 @@ class _Check:
     def _writer_at_work(self) -> None:
         try:
             with open(self.path / ".lock", "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._fault("being written by another process", ".lock is held", "wait for it to end, then check again")
         except OSError:
@@ -311,7 +320,7 @@ class _Check:
                 self._fault("changed shard", f"{shard.file} has another SHA-256", COPY_AGAIN)
             with pq.ParquetFile(path) as file:
                 self._shard_rows.append((shard.file, 0))
-                metadata = StoreMetadata.from_schema(file.schema_arrow, path)
+                metadata = StoreMetadata.from_schema(file.schema_arrow, path, SHARD_SCHEMA)
                 if self._metadata is None:
                     self._metadata = metadata
                     self._unit_counts = np.zeros(metadata.num_units or 0, dtype=np.int64)
@@ -320,9 +329,15 @@ class _Check:
                 if shard.rows not in (-1, file.metadata.num_rows):
                     example = f"{shard.file}: {file.metadata.num_rows} rows, not {shard.rows}"
                     self._fault("shard of another number of rows", example, COPY_AGAIN)
-                for batch in file.iter_batches(_ROWS_PER_BATCH):
-                    self._batch(batch, metadata)
-                    self._shard_rows[-1] = (shard.file, self._shard_rows[-1][1] + len(batch))
+                with pa.memory_map(str(path)) as mapped:
+                    buffer = mapped.read_buffer()
+                for group in range(file.num_row_groups):
+                    in_place = RowGroup(buffer, file.metadata.row_group(group), path)
+                    start = 0
+                    for batch in file.iter_batches(_ROWS_PER_BATCH, row_groups=[group]):
+                        self._batch(batch, in_place, start, metadata)
+                        start += len(batch)
+                        self._shard_rows[-1] = (shard.file, self._shard_rows[-1][1] + len(batch))
         except FileNotFoundError:
             self._fault("missing shard", shard.file, "copy the whole store, or prepare it again")
         except (pa.ArrowException, OSError) as error:
@@ -331,17 +346,19 @@ class _Check:
             self._fault("shard of another kind", _first_line(error), PREPARE_AGAIN)
         return None
 
-    def _batch(self, batch: pa.RecordBatch, metadata: StoreMetadata) -> None:
-        rows = RowGroup(pa.Table.from_batches([batch]))
-        for row in range(len(batch)):
-            utterance = rows[row]
+    def _batch(self, batch: pa.RecordBatch, in_place: RowGroup, start: int, metadata: StoreMetadata) -> None:
+        for row, utterance in enumerate(_utterances(batch), start):
             self._remember(utterance)
             try:
                 check_utterance(utterance, metadata)
             except ValueError as error:
                 self._fault("inconsistent row", str(error), f"{PREPARE_AGAIN}, or report how it was made")
-            else:
-                self._row(utterance, metadata)
+                continue
+            self._row(utterance, metadata)
+            expected = tokens_of(utterance, metadata.unit_rate_hz)
+            for name, found, right in zip(Tokens._fields, in_place.tokens(row, reads_text=True), expected, strict=True):
+                if bytes(found) != bytes(right):
+                    self._fault("derived column that differs from its row", f"{utterance.id}: {name}", PREPARE_AGAIN)
 
     # Rows
 
@@ -524,6 +541,21 @@ class _Check:
             spreads=spreads,
             findings=tuple(sorted(findings, key=lambda finding: not finding.is_fault)),
         )
+
+
+def _utterances(batch: pa.RecordBatch) -> Iterator[Utterance]:
+    """The rows of a batch, decoded by Arrow."""
+    columns = {name: batch.column(name) for name in SCHEMA.names}
+    lists = {name: (columns[name].offsets.to_numpy(), columns[name].values.to_numpy()) for name in LIST_TYPES}
+    for row in range(len(batch)):
+        fields: dict[str, Any] = {}
+        for name, column in columns.items():
+            if name not in lists or not column[row].is_valid:
+                fields[name] = column[row].as_py()
+            else:
+                offsets, values = lists[name]
+                fields[name] = values[offsets[row] : offsets[row + 1]]
+        yield Utterance(**fields)
 
 
 def _shard(entry: Any) -> Shard | None:
