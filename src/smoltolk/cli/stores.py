@@ -23,6 +23,21 @@ def add_commands(commands: Any) -> None:
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     check.set_defaults(run=_check, resume_hint="stopped; nothing was changed")
 
+    preview = actions.add_parser("preview", help="show and play training rows as one HTML page")
+    preview.add_argument("store", type=Path, help="folder of the store")
+    preview.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    preview.add_argument("--rows", type=int, default=20)
+    preview.add_argument("--seed", type=int, help="default: the recipe's, or 0")
+    preview.add_argument("--recipe", type=Path, help="draw as a stage of this recipe does; default: the paper's policy")
+    preview.add_argument("--stage", type=int, help="number of the stage, from 1; default: the last")
+    preview.add_argument("--row-tokens", type=int, help="length of a row; default: the recipe's, or 256")
+    preview.add_argument("--split", default="train")
+    preview.add_argument("--text-tokenizer", help="folder or name of the text tokenizer, to show each token")
+    preview.add_argument("--speech-tokenizer", type=Path, help="folder of the speech tokenizer, to check that it fits")
+    preview.add_argument("--vocoder", type=Path, help="folder of a vocoder that speaks the units")
+    preview.add_argument("--audio-folder", type=Path, help="folder of the recordings, to play them")
+    preview.set_defaults(run=_preview, resume_hint="stopped; nothing was written")
+
     importing = actions.add_parser("import-authors", help="make a store from data in the authors' layout")
     importing.add_argument("source", type=Path, help="folder of a dataset, with a folder for each kind of tokens")
     importing.add_argument("output", type=Path, help="folder of the store")
@@ -73,6 +88,54 @@ def _check(options: argparse.Namespace) -> None:
     if faults:
         raise ValueError(f"{options.store} has faults: {', '.join(faults)}")
     print("no faults", file=sys.stderr if options.json else sys.stdout)
+
+
+def _preview(options: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from smoltolk.data.preview import preview
+    from smoltolk.data.store import Store
+    from smoltolk.speech.units import load_speech_tokenizer
+    from smoltolk.speech.vocoder import load_vocoder
+
+    store = Store(options.store)
+    tokenizer = options.speech_tokenizer and load_speech_tokenizer(options.speech_tokenizer)
+    if tokenizer:
+        store.require(speech_fingerprint=tokenizer.fingerprint)
+    settings = _recipe_settings(options.recipe, options.stage)
+    given = {"seed": options.seed, "row_tokens": options.row_tokens}
+    rows = preview(
+        store,
+        options.output,
+        rows=options.rows,
+        split=options.split,
+        text_tokenizer=options.text_tokenizer and AutoTokenizer.from_pretrained(options.text_tokenizer),
+        vocoder=options.vocoder and load_vocoder(options.vocoder, tokenizer),
+        audio_folder=options.audio_folder,
+        **(settings | {name: value for name, value in given.items() if value is not None}),
+    )
+    print(f"{options.output}: {len(rows)} rows, {options.output.stat().st_size / 1e6:.1f} MB")
+
+
+def _recipe_settings(path: Path | None, stage: int | None) -> dict[str, Any]:
+    """How a recipe's stage draws rows."""
+    from smoltolk.training.config import load_recipe
+
+    if path is None:
+        if stage is not None:
+            raise ValueError(f"--stage {stage} is that of a recipe: give --recipe too")
+        return {}
+    recipe = load_recipe(path)
+    if stage is not None and not 1 <= stage <= len(recipe.stages):
+        raise ValueError(f"--stage is {stage}: {path} has stages 1 to {len(recipe.stages)}")
+    settings = recipe.stages[-1 if stage is None else stage - 1]
+    return {
+        "seed": recipe.seed,
+        "row_tokens": settings.row_tokens,
+        "mixture": settings.mixture.tasks,
+        "policy": recipe.data.policy.make(),
+        "predict_switch": recipe.model.predict_switch,
+    }
 
 
 def _import_authors(options: argparse.Namespace) -> None:
