@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import SPEECH_CARD, tiny_text_tokenizer, tiny_utterances
 
 from smoltolk import cli
+from smoltolk.data import shard as shard_module
 from smoltolk.data import store as store_module
 from smoltolk.data import utterance as utterance_module
 from smoltolk.data.check import Limits, check_store
@@ -222,6 +223,15 @@ def test_inconsistent_rows_are_found_each_with_its_reason(tmp_path, monkeypatch)
     assert everything["row without an id"].examples == ("shard-00000.parquet",)
 
 
+def test_derived_columns_must_be_those_of_their_rows(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_module, "_word_unit_ends", lambda utterance, _: np.zeros(len(utterance.word_ends_s), int))
+        path = make_store(tmp_path / "store")
+    finding = found(path)["derived column that differs from its row"]
+    assert (finding.is_fault, finding.count) == (True, 12)
+    assert finding.examples[0] == "u0: word_unit_ends"
+
+
 def test_units_that_last_longer_than_their_audio_are_a_fault(tmp_path):
     rows = [
         replace(ROWS[0], seconds=ROWS[0].seconds + 0.5),
@@ -323,7 +333,7 @@ def test_the_command_prints_a_table_or_json_and_ends_with_0_or_1(tmp_path, capsy
     assert "none holds no speech tokenizer" in capsys.readouterr().err
 
 
-def test_memory_does_not_grow_with_the_rows_of_a_shard(tmp_path):
+def test_a_shard_of_many_batches_is_read_to_its_end(tmp_path):
     rows = [Utterance(**(asdict(ROWS[0]) | {"id": f"r{i}"})) for i in range(600)]
     report = check_store(make_store(tmp_path / "store", rows, rows_per_shard=600), progress=False, limits=SLOW)
     assert report.rows == 600
