@@ -206,7 +206,7 @@ from smoltolk.speech.units import load_speech_tokenizer
 replace, calls = os.replace, []
 def replace_and_die(*names):
     calls.append(names)
-    if len(calls) == 6:  # the settings and two blocks are there; a half-written shard is left behind
+    if len(calls) == 8:  # the settings and two pieces are there; a half-written shard is left behind
         os.kill(os.getpid(), signal.SIGKILL)
     replace(*names)
 os.replace = replace_and_die
@@ -219,8 +219,8 @@ prepare(
 """
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert list((tmp_path / "out").glob(".*.part"))
-    assert len(list((tmp_path / "out").glob("shard-*.parquet"))) == 2
+    assert list((tmp_path / "out").rglob(".*.part"))
+    assert len(list((tmp_path / "out").rglob("shard-*.parquet"))) == 2
     with pytest.raises(ValueError, match="is not a store"):
         Store(tmp_path / "out")
     prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=2)
@@ -245,7 +245,8 @@ def test_ctrl_c_at_any_write_leaves_work_that_goes_on(tmp_path, tokenizers, monk
             summary = prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=4)
         except KeyboardInterrupt:
             assert not list((tmp_path / "out").rglob("*.part"))
-    assert len(interrupted) == 9  # settings, 3 shards, 3 records, quarantine, manifest
+    # settings; a shard, a record and an end for each of 3 pieces; quarantine, summary, begin of moving; 3 moves; manifest
+    assert len(interrupted) == 1 + 9 + 3 + 3 + 1
     assert summary == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -261,7 +262,7 @@ def test_local_processes_give_the_same_store(tmp_path, tokenizers):
 def test_a_finished_preparation_is_not_done_again(tmp_path, tokenizers, monkeypatch):
     source = mixed_manifest(tmp_path / "in")
     summary = prepare(source, tmp_path / "out", **tokenizers)
-    monkeypatch.setattr("smoltolk.data.prepare._prepare_row", None)
+    monkeypatch.setattr("smoltolk.data.prepare.Preparer.prepare", None)
     assert prepare(source, tmp_path / "out", **tokenizers) == summary
 
 
@@ -285,13 +286,15 @@ def test_a_full_disk_names_the_path_and_leaves_work_that_goes_on(tmp_path, token
     replace = os.replace
 
     def full(aside, path):
-        if path.name == "shard-00001.parquet":
+        if path.parent.name == "00001":
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(aside, path)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match=r"No space left on device: .*shard-00001\.parquet"):
+    with pytest.raises(OSError, match=r"No space left on device; finished blocks are kept.*00001/shard-0") as error:
         prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=4)
+    assert (tmp_path / "out" / "blocks" / "00000" / "done.json").exists()
+    assert error.value.errno == errno.ENOSPC
     assert not list((tmp_path / "out").rglob("*.part"))
     monkeypatch.undo()
     prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=4)

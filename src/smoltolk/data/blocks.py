@@ -1,0 +1,294 @@
+"""The work on rows: audio to units, text to tokens, one block of rows at a time.
+
+A `Preparer` is sent once to each process or machine. It turns the rows of a piece into blocks; each becomes a shard.
+Nothing it does depends on other rows: a bad one changes nothing but the quarantine list.
+"""
+
+import io
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import soundfile
+from transformers import PreTrainedTokenizerBase
+
+from smoltolk.data.sources import SourceRow
+from smoltolk.data.text import encode_words
+from smoltolk.data.utterance import StoreMetadata, Utterance, check_utterance
+from smoltolk.speech.audio import AudioError, load_audio
+from smoltolk.speech.units import SpeechTokenizer, Units
+
+BATCH_S = 120.0  # audio that is encoded together; units do not depend on it
+_SEGMENT_TOLERANCE_S = 0.1  # corpora round their times: how far a segment may reach past its recording
+
+
+class Alignment(Protocol):
+    """Where the words of a text are in its audio."""
+
+    @property
+    def word_ends_s(self) -> Any:
+        """When each word ends, in seconds (num_words,)."""
+
+    @property
+    def confidence(self) -> float | None:
+        """How sure the aligner is, 0 … 1."""
+
+
+class Aligner(Protocol):
+    """Finds the words of a text in its audio; can be pickled."""
+
+    sample_rate_hz: int
+    fingerprint: str
+
+    def align(self, audio: np.ndarray, text: str) -> Alignment:
+        """Word times of a text in a waveform, float32 (samples,).
+
+        Raises:
+            ValueError: the words cannot be found; the reason for the quarantine.
+        """
+
+
+@dataclass(frozen=True)
+class Block:
+    """What became of some rows.
+
+    Args:
+        utterances: those that could be used, in order.
+        quarantined: id, source and reason of the others, in order.
+        confidences: of the alignments that were made.
+    """
+
+    utterances: list[Utterance]
+    quarantined: list[dict[str, str]]
+    confidences: list[float]
+
+
+@dataclass
+class _Work:
+    """A row between being read and being encoded; `error` ends it."""
+
+    row: SourceRow
+    fields: dict[str, Any] = field(default_factory=dict)
+    audio: np.ndarray | None = None
+    confidence: float | None = None
+    utterance: Utterance | None = None
+    error: ValueError | None = None
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Everything rows need besides themselves.
+
+    Args:
+        metadata: metadata of the store.
+        audio_folder: where relative audio paths start.
+        text_tokenizer: a fast tokenizer, None for rows without text.
+        speech_tokenizer: turns audio into units, None for rows without audio.
+        aligner: finds word times for rows with text and audio but without them, None to leave them out.
+        validation_share: share of the rows that become the split "validation".
+        batch_s: audio that is encoded together.
+    """
+
+    metadata: StoreMetadata
+    audio_folder: Path | None
+    text_tokenizer: PreTrainedTokenizerBase | None
+    speech_tokenizer: SpeechTokenizer | None
+    aligner: Aligner | None = None
+    validation_share: float = 0.0
+    batch_s: float = BATCH_S
+
+    def prepare(self, rows: Iterable[SourceRow], *, on_row: Callable[[], object] = lambda: None) -> Block:
+        """Prepare the rows of one block; holds the audio of one batch at a time."""
+        done: list[_Work] = []
+        batch: list[_Work] = []
+        num_samples = 0
+        for row in rows:
+            work = self._read(row)
+            batch.append(work)
+            num_samples += 0 if work.audio is None else len(work.audio)
+            if self.speech_tokenizer is None or num_samples >= self.batch_s * self.speech_tokenizer.sample_rate_hz:
+                self._encode(batch)
+                done, batch, num_samples = done + batch, [], 0
+            on_row()
+        self._encode(batch)
+        done += batch
+        return Block(
+            [work.utterance for work in done if work.utterance is not None],
+            [
+                {"id": work.row.id, "source": work.row.source, "reason": str(work.error)}
+                for work in done
+                if work.error is not None
+            ],
+            [work.confidence for work in done if work.utterance is not None and work.confidence is not None],
+        )
+
+    def _read(self, row: SourceRow) -> _Work:
+        """Tokenize the text and load the audio of a row."""
+        work = _Work(row)
+        try:
+            if row.error is not None:
+                raise ValueError(row.error)
+            if row.text is not None and self.text_tokenizer is not None:
+                check_text(row.text)
+                work.fields["text"] = row.text
+                work.fields["text_ids"], work.fields["word_token_counts"] = encode_words(self.text_tokenizer, row.text)
+            if row.audio is not None and self.speech_tokenizer is not None:
+                rate_hz = self.speech_tokenizer.sample_rate_hz
+                work.audio = read_audio(row, self.audio_folder, rate_hz)
+                work.fields["seconds"] = len(work.audio) / rate_hz
+            if row.word_ends_s is not None:
+                work.fields["word_ends_s"] = np.array(row.word_ends_s, dtype=np.float32)
+            elif self.aligner is not None and row.text is not None and work.audio is not None:
+                self._align(work, self.aligner, row.text)
+        except ValueError as error:
+            work.error, work.audio = error, None
+        return work
+
+    def _align(self, work: _Work, aligner: Aligner, text: str) -> None:
+        audio = work.audio
+        if (
+            audio is None
+            or self.speech_tokenizer is None
+            or aligner.sample_rate_hz != self.speech_tokenizer.sample_rate_hz
+        ):
+            audio = read_audio(work.row, self.audio_folder, aligner.sample_rate_hz)
+        alignment = aligner.align(audio, text)
+        work.fields["word_ends_s"] = np.asarray(alignment.word_ends_s, dtype=np.float32)
+        work.confidence = alignment.confidence
+
+    def _encode(self, batch: list[_Work]) -> None:
+        """Encode the audio of rows together, then check each row."""
+        spoken = [work for work in batch if work.audio is not None]
+        for work, units in zip(spoken, self._units(spoken), strict=True):
+            work.audio = None
+            if isinstance(units, ValueError):
+                work.error = units
+            else:
+                work.fields |= {"units": units.units, "unit_durations": units.durations}
+        for work in batch:
+            if work.error is not None:
+                continue
+            row = work.row
+            split = row.split or draw_split(row.id, self.validation_share)
+            utterance = Utterance(row.id, speaker=row.speaker, source=row.source, split=split, **work.fields)
+            try:
+                check_utterance(utterance, self.metadata)
+            except ValueError as error:
+                work.error = error
+            else:
+                work.utterance = utterance
+
+    def _units(self, spoken: list[_Work]) -> list[Units | ValueError]:
+        """Units of each row, or why it has none."""
+        audios = [work.audio for work in spoken if work.audio is not None]
+        if not audios or self.speech_tokenizer is None:
+            return []
+        try:
+            return list(self.speech_tokenizer.encode_batch(audios))
+        except ValueError as error:
+            if len(audios) == 1:
+                return [error]
+        return [units for work in spoken for units in self._units([work])]  # one of them is bad: each by itself
+
+
+def blocks_of(rows: Iterable[SourceRow], rows_per_block: int) -> Iterator[Iterator[SourceRow]]:
+    """Rows in runs of so many, lazily: each run has to be used up before the next is asked for."""
+    rows = iter(rows)
+    for first in rows:
+
+        def run(first: SourceRow = first) -> Iterator[SourceRow]:
+            yield first
+            for _, row in zip(range(rows_per_block - 1), rows, strict=False):
+                yield row
+
+        yield run()
+
+
+def read_audio(row: SourceRow, audio_folder: Path | None, sample_rate_hz: int) -> np.ndarray:
+    """The audio of a row, float32 (samples,).
+
+    Messages name the row's source, not the path on this machine: quarantine lists are the same everywhere.
+
+    Raises:
+        AudioError: the audio cannot be used.
+    """
+    if isinstance(row.audio, bytes):
+        audio: bytes | str = row.audio
+        name = f"audio of {len(row.audio)} bytes"
+    else:
+        audio = name = str((audio_folder or Path()) / (row.audio or ""))
+    try:
+        if row.byte_range is not None:
+            first, count = row.byte_range
+            try:
+                with open(audio, "rb") as file:
+                    file.seek(first)
+                    audio = file.read(count)
+            except OSError as error:
+                raise AudioError(f"{name} cannot be read ({error.strerror}): correct the path") from error
+            name = f"audio of {len(audio)} bytes"
+        if row.start_s is None and row.end_s is None:
+            return load_audio(audio, sample_rate_hz=sample_rate_hz)
+        channels, rate_hz = _read_segment(audio, name, row.start_s or 0.0, row.end_s)
+        name = f"audio array {channels.shape}"
+        return load_audio(channels, sample_rate_hz=sample_rate_hz, source_rate_hz=rate_hz)
+    except AudioError as error:
+        raise AudioError(str(error).replace(name, row.source)) from error
+
+
+def _read_segment(audio: bytes | str, name: str, start_s: float, end_s: float | None) -> tuple[np.ndarray, int]:
+    """Samples, float32 (samples, channels), of a part of a recording, and their rate; reads no more than it."""
+    try:
+        # As a file object: soundfile would judge a path by its suffix, not by its content.
+        with (
+            io.BytesIO(audio) if isinstance(audio, bytes) else open(audio, "rb") as data,
+            soundfile.SoundFile(data) as file,
+        ):
+            rate_hz = file.samplerate
+            seconds = file.frames / rate_hz
+            end_s = seconds if end_s is None else end_s
+            if not 0 <= start_s < end_s <= seconds + _SEGMENT_TOLERANCE_S:
+                raise AudioError(
+                    f"{name} has no part from {start_s:.3f} to {end_s:.3f} s, it lasts {seconds:.3f} s: "
+                    f"correct the times"
+                )
+            first, stop = round(start_s * rate_hz), min(round(end_s * rate_hz), file.frames)
+            file.seek(first)
+            channels = file.read(stop - first, dtype="float32", always_2d=True)
+    except OSError as error:
+        raise AudioError(f"{name} cannot be read ({error.strerror}): correct the path") from error
+    except soundfile.LibsndfileError as error:
+        raise AudioError(
+            f"{name} cannot be decoded ({error.error_string}): it is broken or no audio; copy it again"
+        ) from error
+    if len(channels) < stop - first:
+        raise AudioError(f"{name} is broken: {len(channels)} of {stop - first} samples can be decoded; copy it again")
+    return channels, rate_hz
+
+
+def check_text(text: str) -> None:
+    """Refuse a text that no writing system has: control characters or halves of characters.
+
+    Tabs and line ends are white space. Emoji, any script and numbers are text like any other.
+
+    Raises:
+        ValueError: names the character.
+    """
+    if text.isprintable():
+        return
+    for position, character in enumerate(text):
+        if unicodedata.category(character) in ("Cc", "Cs") and not character.isspace():
+            raise ValueError(
+                f"text has the character {character!r} at {position}, which no text has: "
+                f"correct the text or its encoding"
+            )
+
+
+def draw_split(utterance_id: str, validation_share: float) -> str:
+    """A split by the hash of the id alone: it stays the same when other rows come or go."""
+    point = int.from_bytes(sha256(utterance_id.encode()).digest()[:8]) / 2**64
+    return "validation" if point < validation_share else "train"
