@@ -36,13 +36,13 @@ def utterance(name, rng, split, has_text=True, has_speech=True):
     return Utterance(id=name, split=split, **halves)
 
 
-def make_store(path, prefix="a", card=CARD, text_fingerprint="text-1"):
+def make_store(path, prefix="a", card=CARD, text_fingerprint="text-1", count=8):
     rng = np.random.default_rng(len(prefix))
     utterances = [
         utterance(f"{prefix}-{split}-{kind}-{number}", rng, split, kind != "speech", kind != "text")
         for split in ("train", "validation")
         for kind in ("both", "speech", "text")
-        for number in range(8)
+        for number in range(count)
     ]
     return write_store(path, utterances, text_tokenizer_fingerprint=text_fingerprint, speech_tokenizer=card)
 
@@ -169,6 +169,16 @@ def test_stores_must_be_given_for_known_tasks_with_weights(store):
         BatchSource({"audio": [(store, 1.0)]}, **settings)
     with pytest.raises(ValueError, match=r"has the weight 0\.0 in task interleaved"):
         BatchSource({"interleaved": [(store, 0.0)]}, **settings)
+
+
+def test_stores_are_drawn_by_their_size_where_that_is_asked_for(tmp_path):
+    small, large = make_store(tmp_path / "a"), make_store(tmp_path / "b", prefix="bb", count=24)
+    settings = {"mixture": TaskMixture(0, 1, 0), "ids": IDS, "row_tokens": 16}
+    mixed = BatchSource({"speech": [(small, "size"), (large, "size")]}, **settings)
+    drawn = [names[0][0] for names in mixed.sample_ids(mixed.batch(seed=0, step=0, rows=600))]
+    assert drawn.count("b") / len(drawn) == pytest.approx(0.75, abs=0.07)
+    with pytest.raises(ValueError, match=r'task speech has the weight "size" for some stores and numbers'):
+        BatchSource({"speech": [(small, "size"), (large, 1.0)]}, **settings)
 
 
 def test_an_impossible_mixture_is_refused():

@@ -8,6 +8,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from smoltolk.data.store import Store
 from smoltolk.model.configuration_smoltolk import IdSpace
 
 TASKS = ("interleaved", "speech", "text", "transcription", "synthesis")
+Weight = float | Literal["size"]
 PAIR_TASKS = ("transcription", "synthesis")
 NEEDS = {
     "interleaved": "text, speech and word times",
@@ -121,8 +123,8 @@ class BatchSource:
     """Draws batches from stores.
 
     Args:
-        stores: for each task (`TASKS`) the stores it draws from, with the share of utterances drawn from each.
-            Utterances without the needed halves are never drawn.
+        stores: for each task (`TASKS`) the stores it draws from, with the share of utterances drawn from each, or
+            "size" for as many as there are. Utterances without the needed halves are never drawn.
         mixture: share of each task in the rows.
         ids: id space of the model.
         row_tokens: length of a row.
@@ -141,7 +143,7 @@ class BatchSource:
 
     def __init__(
         self,
-        stores: Mapping[str, Sequence[tuple[Store, float]]],
+        stores: Mapping[str, Sequence[tuple[Store, Weight]]],
         *,
         mixture: TaskMixture,
         ids: IdSpace,
@@ -206,13 +208,15 @@ class BatchSource:
                 )
         return speech_fingerprint, text_fingerprint
 
-    def _make_draws(self, task: str, weighted: Sequence[tuple[Store, float]]) -> _Draws:
+    def _make_draws(self, task: str, weighted: Sequence[tuple[Store, Weight]]) -> _Draws:
         if not weighted:
             raise ValueError(f"task {task} has a weight but no store: give it a store, or the weight 0")
+        if len({weight == "size" for _, weight in weighted}) > 1:
+            raise ValueError(f'task {task} has the weight "size" for some stores and numbers for others: give one kind')
         rows = []
         for store, weight in weighted:
-            if weight <= 0:
-                raise ValueError(f"{store.path} has the weight {weight} in task {task}: give more than 0")
+            if weight != "size" and weight <= 0:
+                raise ValueError(f'{store.path} has the weight {weight} in task {task}: give more than 0 or "size"')
             found = store.ids_of_split(
                 self.split,
                 has_text=task != "speech",
@@ -228,7 +232,7 @@ class BatchSource:
         return _Draws(
             [store for store, _ in weighted],
             rows,
-            _cumulative([weight for _, weight in weighted]),
+            _cumulative([len(r) if w == "size" else w for (_, w), r in zip(weighted, rows, strict=True)]),
             reads_text=task == "interleaved" and self._policy.reads_text,
         )
 

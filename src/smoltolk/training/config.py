@@ -50,10 +50,10 @@ class ModelSettings(Strict):
 
 
 class StoreShare(Strict):
-    """A store and its share in a task."""
+    """A store and its share in a task: a number beside those of the other stores, or "size" for its utterances."""
 
     store: str
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | Literal["size"] = 1.0
 
 
 class PolicySettings(Strict):
