@@ -19,7 +19,9 @@ def streamed(path: Path, sample_rate_hz: int = 16_000, block_s: float = 0.3) -> 
 
 @pytest.mark.parametrize("block_s", [1e-3, 0.1234, 10])
 @pytest.mark.parametrize("num_channels", [1, 2, 3])
-@pytest.mark.parametrize(("rate_hz", "wanted_hz"), [(16_000, 16_000), (44_100, 16_000), (8000, 16_000), (22_050, 24_000)])
+@pytest.mark.parametrize(
+    ("rate_hz", "wanted_hz"), [(16_000, 16_000), (44_100, 16_000), (8000, 16_000), (22_050, 24_000)]
+)
 def test_the_blocks_of_a_file_are_together_what_the_loader_gives(
     tmp_path: Path, rate_hz: int, wanted_hz: int, num_channels: int, block_s: float
 ) -> None:

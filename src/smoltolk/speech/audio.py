@@ -52,9 +52,9 @@ def load_audio(
         _refuse_truncated(io.BytesIO(data), name)
         channels, rate_hz = _decode(data, name)
 
-    survey = _Survey(channels.shape[1])
+    survey = _Survey(channels.shape[1], rate_hz)
     survey.add(channels)
-    survey.refuse_unusable(name, rate_hz)
+    survey.refuse_unusable(name)
     audio = survey.mix_down(channels)
     if rate_hz != sample_rate_hz:
         audio = soxr.resample(audio, rate_hz, sample_rate_hz)
@@ -84,12 +84,12 @@ def stream_audio(path: str | Path, *, sample_rate_hz: int, block_s: float = 10.0
     name = str(path)
     with _open(Path(path)) as file:
         _refuse_truncated(file, name)
-    survey, rate_hz = None, 0
+    survey = None
     for channels, rate_hz in _decode_blocks(path, block_s):
-        survey = survey or _Survey(channels.shape[1])
+        survey = survey or _Survey(channels.shape[1], rate_hz)
         survey.add(channels)
-    survey = survey or _Survey(1)
-    survey.refuse_unusable(name, rate_hz)
+    survey = survey or _Survey(num_channels=1, rate_hz=sample_rate_hz)
+    survey.refuse_unusable(name)
     return _resampled_blocks(path, survey, sample_rate_hz, block_s)
 
 
@@ -144,7 +144,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     if path.is_dir():
         raise AudioError(f"{path} is a folder: give an audio file in it")
     try:
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115, closed below: the error is said of opening alone
     except OSError as error:
         raise AudioError(f"{path} cannot be read ({error.strerror}): correct the path") from error
     with file:
@@ -250,7 +250,8 @@ def _from_array(array: np.ndarray, rate_hz: int | None, name: str) -> tuple[np.n
 class _Survey:
     """What the samples of a file are like as a whole."""
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(self, num_channels: int, rate_hz: int) -> None:
+        self.rate_hz = rate_hz
         self.num_samples = 0
         self.is_finite = True
         self.peak = 0.0
@@ -267,13 +268,13 @@ class _Survey:
         self.energies += np.square(channels, dtype=np.float64).sum(axis=0)
         self.mix_energy += float(np.square(channels.mean(axis=1), dtype=np.float64).sum())
 
-    def refuse_unusable(self, name: str, rate_hz: int) -> None:
+    def refuse_unusable(self, name: str) -> None:
         """Raise for audio that is empty, not finite, too short, silent or too loud."""
         if not self.num_samples:
             raise AudioError(f"{name} has no samples: leave it out or record it again")
         if not self.is_finite:
             raise AudioError(f"{name} has NaN or infinite samples: repair it or leave it out")
-        seconds = self.num_samples / rate_hz
+        seconds = self.num_samples / self.rate_hz
         if seconds < _MIN_SECONDS:
             raise AudioError(f"{name} lasts {seconds:.3f} s, less than {_MIN_SECONDS} s: leave it out")
         if self.peak < _SILENCE_PEAK:
