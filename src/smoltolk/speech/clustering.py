@@ -12,8 +12,6 @@ from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
 from sklearn.cluster import KMeans
 
 FIT_FRAMES = 100_000  # k-means sees at most so many frames, chosen at random
-# What numpy's pickles call to make arrays and scalars.
-_REBUILD = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
 
 
 class FrameSample:
@@ -111,6 +109,7 @@ def read_kmeans(path: str | Path) -> np.ndarray:
         AttributeError,
         IndexError,
         KeyError,
+        MemoryError,
         OverflowError,
         TypeError,
         ValueError,
@@ -171,13 +170,26 @@ class _Unpickler(NumpyUnpickler):
         super().__init__("", file, ensure_native_byte_order=True)
 
     def find_class(self, module: str, name: str) -> Any:
-        package = module.partition(".")[0]
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in _REBUILD:
-            return _REBUILD[name]
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("joblib.numpy_pickle", "NumpyArrayWrapper"):
-            return _PlainArray
-        if package == "sklearn" or module.startswith("numpy.random"):
+        module = module.replace("numpy._core", "numpy.core")
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module.partition(".")[0] == "sklearn" or module.startswith("numpy.random"):
             return _Attributes
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Bytes as old pickles keep them."""
+    return text.encode("latin1")
+
+
+# What pickles of numbers and arrays call; numpy's own functions, as its pickles name them.
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): np.zeros(1).__reduce__()[0],
+    ("numpy.core.multiarray", "scalar"): np.float64(0).__reduce__()[0],
+    ("numpy.core.numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0],
+    ("joblib.numpy_pickle", "NumpyArrayWrapper"): _PlainArray,
+    ("_codecs", "encode"): _latin1,
+}
