@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 import torch
-from benchmarks import batches, generate, profile_step, train_step
+from benchmarks import batches, generate, profile_step, tokenize_speech, train_step
 from benchmarks.reference import ReferenceModel
 from benchmarks.workload import EARLY_FUSION, interleaved_rows
 from tests.conftest import mixed_ids, tiny_model
@@ -47,6 +47,16 @@ def test_the_profile_gives_every_part_of_the_model_a_share(capsys):
     rows = table_rows(capsys.readouterr().out)
     assert {"backbone", "input adapter", "layer mix", "output adapter", "optimizer"} <= set(rows)
     assert {"text head, cross-entropy", "unit head, embeddings, rest"} <= set(rows)
+
+
+def test_the_benchmark_of_tokenizers_has_a_row_for_each_window_batch_and_file(capsys):
+    lengths = ["--windows-s", "2", "3", "--batch-sizes", "1", "2", "--files-s", "1"]
+    tokenize_speech.main(["--size", "tiny", "--device", "cpu", "--layer", "2", "--repeats", "1", *lengths])
+    text = capsys.readouterr().out
+    windows = ["windows of 2 s"] * 2 + ["windows of 3 s"] * 2
+    loads = ["load_audio, WAV, 16 kHz", "load_audio, FLAC, 44.1 kHz"]
+    assert table_rows(text) == ["audio", *windows, "files of 1 s", "what", "mel tokenizer", *loads]
+    assert text.count("0.00 %") == 4
 
 
 def test_the_reference_has_the_losses_and_gradients_of_the_model():
