@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class MimiVocoder(Vocoder):
     kind = "mimi"
 
     def __init__(self, model: MimiModel, tokenizer_fingerprint: str) -> None:
-        config: MimiConfig = model.config  # type: ignore[assignment]
+        config: MimiConfig = model.config
         if model.decoder is None:
             raise ValueError("model has no decoder (decoder_config is None): give a whole Mimi")
         if not config.use_causal_conv or config.trim_right_ratio != 1.0:
@@ -73,7 +73,7 @@ class MimiVocoder(Vocoder):
 
     def to(self, device: str | torch.device) -> Self:
         """Compute on this device from now on."""
-        self._model.to(device)  # type: ignore[arg-type]
+        self._model.to(device)
         return self
 
     def decode(self, units: np.ndarray, durations: np.ndarray | None = None) -> np.ndarray:
@@ -158,8 +158,9 @@ class _Decoding:
     """
 
     def __init__(self, model: MimiModel) -> None:
+        assert model.decoder is not None
         self._model = model
-        self._cache = DynamicCache(config=model.decoder.config)  # type: ignore[union-attr]
+        self._cache = DynamicCache(config=model.decoder.config)
         self._latents: Tensor | None = None  # the last one (1, hidden_size, 1): the upsampling reaches back one frame
         self._hidden: Tensor | None = None  # the last ones that the convolutions see (1, hidden_size, context)
 
@@ -182,6 +183,7 @@ class _Decoding:
         seen = torch.cat([before, hidden], dim=2)
         self._hidden = seen[..., -_convolution_context(config) :]
 
+        assert config.upsampling_ratios is not None
         samples_per_hidden = math.prod(config.upsampling_ratios)
         audio = decoder.decoder_seanet(seen)[0, 0, samples_per_hidden * before.shape[2] :]
         return audio.float().clamp(-1, 1).cpu().numpy().copy()
@@ -207,7 +209,8 @@ def _load_decoder(model: str | Path) -> MimiModel:
         ValueError: weights of the decoder are missing.
         OSError: there is no such model.
     """
-    loaded, found = MimiModel.from_pretrained(model, encoder_config=None, dtype=torch.float32, output_loading_info=True)
+    load: Any = MimiModel.from_pretrained  # which does not say that it gives a pair
+    loaded, found = load(model, encoder_config=None, dtype=torch.float32, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(f"model {model} lacks {', '.join(sorted(found['missing_keys'])[:5])}: download it again")
     return loaded
