@@ -154,11 +154,13 @@ def _resynthesize(options: argparse.Namespace) -> None:
     folder = options.output
     is_single = not options.source.is_dir() and options.source.suffix not in (".jsonl", ".csv")
     if is_single:
-        if options.output.suffix.lower() != ".wav":
+        if options.output.suffix != ".wav":
             raise ValueError(f"output is {options.output}: give the name of a .wav file for a single recording")
         text = recordings[0].text if options.text is None else options.text.read_text(encoding="utf-8")
         recordings = [replace(recordings[0], name=options.output.name, text=text)]
         folder = options.output.parent
+    elif options.output.resolve().is_relative_to(options.source.resolve()):
+        raise ValueError(f"output {options.output} is in {options.source}: give a folder outside of it")
     elif options.text is not None:
         raise ValueError(f"text is {options.text}: it is for a single recording; give texts beside the files")
     if options.language is not None and options.asr is None:
@@ -178,10 +180,10 @@ def _resynthesize(options: argparse.Namespace) -> None:
     results |= {"asr": options.asr}
     if not is_single:
         written = folder / "resynthesis.json"
-        write_atomically(written, (json.dumps(results, indent=2) + "\n").encode())
+        write_atomically(written, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
         counts = {"files": len(results["files"]), "failed": len(results["failed"]), "written": str(written)}
         results |= counts
-    print(json.dumps(results, indent=2))
+    print(json.dumps(results, indent=2, ensure_ascii=False))
 
 
 def _progress() -> Progress:

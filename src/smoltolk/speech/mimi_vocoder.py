@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import safetensors
 import torch
 from torch import Tensor
 from transformers import DynamicCache, MimiConfig, MimiModel
@@ -206,11 +207,14 @@ def _load_decoder(model: str | Path) -> MimiModel:
     """A Mimi without its encoder, which is half of its size.
 
     Raises:
-        ValueError: weights of the decoder are missing.
+        ValueError: weights of the decoder are missing or damaged.
         OSError: there is no such model.
     """
     load: Any = MimiModel.from_pretrained  # which does not say that it gives a pair
-    loaded, found = load(model, encoder_config=None, dtype=torch.float32, output_loading_info=True)
+    try:
+        loaded, found = load(model, encoder_config=None, dtype=torch.float32, output_loading_info=True)
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"model {model} is damaged, or has the weights of another ({error})") from error
     if found["missing_keys"]:
         raise ValueError(f"model {model} lacks {', '.join(sorted(found['missing_keys'])[:5])}: download it again")
     return loaded

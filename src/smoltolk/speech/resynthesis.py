@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from smoltolk.speech.asr import Transcriber, WordErrors, word_error_rate
+from smoltolk.speech.asr import WordErrors, word_error_rate
 from smoltolk.speech.audio import load_audio, save_wav
 from smoltolk.speech.units import SpeechTokenizer, Units
 from smoltolk.speech.vocoder import Vocoder
@@ -61,7 +61,7 @@ def resynthesize_files(
     tokenizer: SpeechTokenizer,
     vocoder: Vocoder,
     *,
-    transcriber: Transcriber | None = None,
+    transcriber: Callable[[np.ndarray, int], str] | None = None,
     with_durations: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
@@ -75,7 +75,8 @@ def resynthesize_files(
         output: folder of the WAV files, which are named as the recordings are.
         tokenizer: what makes the units.
         vocoder: what speaks them.
-        transcriber: the recogniser, None to leave words aside.
+        transcriber: what is heard in a waveform, float32 (samples,), of a sampling rate: `Transcriber`, or another
+            recogniser; None to leave words aside.
         with_durations: as in `resynthesize`.
         progress: called with 1 after each file.
 
