@@ -68,7 +68,7 @@ def fit_mel_vocoder(
     Args:
         recordings: the recordings; texts are not needed.
         tokenizer: what makes the units.
-        max_seconds: how much audio is used at most, which bounds memory: about 200 MB for half an hour. Recordings
+        max_seconds: how much audio is used at most, which bounds memory: about 500 MB for half an hour. Recordings
             are taken in an order drawn with the seed until it is reached.
         steps: training steps.
         seed: decides which recordings are used, the initial weights and the order of training.
