@@ -3,81 +3,17 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import soundfile
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tests.data.conftest import RATE_HZ, contents, mixed_manifest, quarantine, sound, spoken_row, write_manifest
 
 from smoltolk.data import store as store_module
 from smoltolk.data.prepare import prepare
 from smoltolk.data.sources import audio_files, read_manifest
 from smoltolk.data.store import Store
 from smoltolk.speech.mel import MelTokenizer
-
-RATE_HZ = 16_000
-WORDS = ("one", "two", "three", "four")
-
-
-def sound(seed, seconds=0.5):
-    """Tones of changing pitch: several units, never silent."""
-    rng = np.random.default_rng(seed)
-    pitches = np.repeat(rng.choice([200, 400, 800, 1600, 3200], 5), int(seconds * RATE_HZ / 5))
-    return (0.4 * np.sin(2 * np.pi * np.cumsum(pitches) / RATE_HZ)).astype(np.float32)
-
-
-@pytest.fixture(scope="session")
-def speech_tokenizer():
-    return MelTokenizer.fit([sound(seed) for seed in range(8)], num_units=8)
-
-
-@pytest.fixture(scope="session")
-def text_tokenizer():
-    vocabulary = {"<unk>": 0} | {word: number for number, word in enumerate(WORDS, start=1)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")  # noqa: S106
-
-
-@pytest.fixture
-def tokenizers(speech_tokenizer, text_tokenizer):
-    return {"speech_tokenizer": speech_tokenizer, "text_tokenizer": text_tokenizer, "progress": False}
-
-
-def write_manifest(folder, rows):
-    folder.mkdir(exist_ok=True)
-    path = folder / "manifest.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def spoken_row(folder, number, **changes):
-    folder.mkdir(exist_ok=True)
-    name = f"{number}.wav"
-    soundfile.write(folder / name, sound(number), RATE_HZ)
-    return {"audio": name, "text": "one two", "word_ends_s": [0.2, 0.45]} | changes
-
-
-def mixed_manifest(folder, count=10):
-    """Good rows of all kinds with bad ones between them."""
-    rows = [spoken_row(folder, number, split="train") for number in range(count)]
-    rows[2] = {"text": "three four", "id": "text-only"}
-    rows[4] = {"audio": "4.wav", "speaker": "ann", "split": "test"}
-    rows[5] = {"audio": "missing.wav"}
-    rows[7] = spoken_row(folder, 7, word_ends_s=[0.3, 0.2])
-    return write_manifest(folder, rows)
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def quarantine(folder):
-    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
 
 
 def test_rows_of_all_kinds_become_a_store_and_bad_ones_are_quarantined(tmp_path, tokenizers):
@@ -192,41 +128,6 @@ def test_manifests_of_other_columns_are_read_for_others(tmp_path):
     assert rows == [{"id": "a", "prompt_text": "once upon"}, {"id": "b", "prompt_text": None}]
 
 
-def test_a_killed_preparation_goes_on_to_the_same_store(tmp_path, tokenizers):
-    source = mixed_manifest(tmp_path / "in", count=12)
-    prepare(source, tmp_path / "whole", **tokenizers, rows_per_shard=2)
-    tokenizers["speech_tokenizer"].save(tmp_path / "speech")
-    tokenizers["text_tokenizer"].save_pretrained(tmp_path / "text")
-    code = """
-import os, signal, sys
-from pathlib import Path
-from transformers import PreTrainedTokenizerFast
-from smoltolk.data.prepare import prepare
-from smoltolk.speech.units import load_speech_tokenizer
-replace, calls = os.replace, []
-def replace_and_die(*names):
-    calls.append(names)
-    if len(calls) == 8:  # the settings and two pieces are there; a half-written shard is left behind
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*names)
-os.replace = replace_and_die
-folder = Path(sys.argv[1])
-prepare(
-    folder / "in" / "manifest.jsonl", folder / "out", rows_per_shard=2, progress=False,
-    speech_tokenizer=load_speech_tokenizer(folder / "speech"),
-    text_tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "text"),
-)
-"""
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert list((tmp_path / "out").rglob(".*.part"))
-    assert len(list((tmp_path / "out").rglob("shard-*.parquet"))) == 2
-    with pytest.raises(ValueError, match="is not a store"):
-        Store(tmp_path / "out")
-    prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=2)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
 def test_ctrl_c_at_any_write_leaves_work_that_goes_on(tmp_path, tokenizers, monkeypatch):
     source = mixed_manifest(tmp_path / "in")
     whole = prepare(source, tmp_path / "whole", **tokenizers, rows_per_shard=4)
@@ -245,18 +146,11 @@ def test_ctrl_c_at_any_write_leaves_work_that_goes_on(tmp_path, tokenizers, monk
             summary = prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=4)
         except KeyboardInterrupt:
             assert not list((tmp_path / "out").rglob("*.part"))
-    # settings; a shard, a record and an end for each of 3 pieces; quarantine, summary, begin of moving; 3 moves; manifest
+    # settings; a shard, a record and an end for each of 3 pieces; quarantine, summary, begin of moving; 3 moves;
+    # manifest
     assert len(interrupted) == 1 + 9 + 3 + 3 + 1
     assert summary == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_local_processes_give_the_same_store(tmp_path, tokenizers):
-    source = mixed_manifest(tmp_path / "in", count=16)
-    one = prepare(source, tmp_path / "one", **tokenizers, rows_per_shard=2)
-    two = prepare(source, tmp_path / "two", **tokenizers, rows_per_shard=2, workers=2)
-    assert one == two
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_a_finished_preparation_is_not_done_again(tmp_path, tokenizers, monkeypatch):

@@ -134,7 +134,7 @@ def kind_of_reason(reason: str, source: str) -> str:
     kind = reason.replace(source, "it")
     kind = re.sub(r"^utterance '.*?': ", "", kind)
     kind = re.sub(r"'[^']*'|\"[^\"]*\"", "…", kind)
-    kind = re.sub(r"-?\d[\d.,e+-]*", "N", kind)
+    kind = re.sub(r"-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", "N", kind)
     return kind.split(": ", 1)[0]
 
 
