@@ -15,6 +15,7 @@ import safetensors
 import torch
 from torch import Tensor
 from transformers import AutoModel, MimiModel
+from transformers.models.mimi import modeling_mimi
 
 from smoltolk.speech.neural import MODEL_FOLDER, NeuralTokenizer, Window, WindowGrid, placed
 from smoltolk.speech.units import fingerprint, read_card, refuse_mismatch
@@ -193,7 +194,18 @@ class MimiTokenizer(NeuralTokenizer):
         """Everything is in the model."""
 
 
+def require_mimi() -> None:
+    """Refuses versions of transformers whose Mimi is not made of an encoder and a decoder.
+
+    Raises:
+        ImportError: transformers is too old.
+    """
+    if not hasattr(modeling_mimi, "MimiDecoderModel"):
+        raise ImportError("Mimi needs transformers 5.21.1 or newer: pip install -U transformers")
+
+
 def _load_model(name_or_path: str | Path, **options: Any) -> MimiModel:
+    require_mimi()
     model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, **options)
     if not isinstance(model, MimiModel):
         raise ValueError(f"{name_or_path} holds a model of type {model.config.model_type!r}: give a Mimi model")

@@ -15,9 +15,9 @@ import safetensors
 import torch
 from torch import Tensor
 from transformers import DynamicCache, MimiConfig, MimiModel
-from transformers.models.mimi import modeling_mimi
 
 from smoltolk.speech.audio import write_atomically
+from smoltolk.speech.mimi import require_mimi
 from smoltolk.speech.units import SpeechTokenizer
 from smoltolk.speech.vocoder import CARD_FILE, Vocoder, read_vocoder_card
 
@@ -208,12 +208,11 @@ def _load_decoder(model: str | Path) -> MimiModel:
     """A Mimi without its encoder, which is half of its size.
 
     Raises:
-        ImportError: transformers is too old to load one without the other.
+        ImportError: transformers is too old.
         ValueError: weights of the decoder are missing or damaged.
         OSError: there is no such model.
     """
-    if not hasattr(modeling_mimi, "MimiDecoderModel"):
-        raise ImportError("Mimi as a vocoder needs transformers 5.21.1 or newer: pip install -U transformers")
+    require_mimi()
     load: Any = MimiModel.from_pretrained  # which does not say that it gives a pair
     try:
         loaded, found = load(model, encoder_config=None, dtype=torch.float32, output_loading_info=True)
