@@ -1,11 +1,14 @@
 """What a recipe will need is said before it starts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.conftest import mixed_ids, tiny_lm_config, tiny_model, tiny_recipe
+from tests.training.backbones import CONFIGS
 
 from smoltolk import cli
-from smoltolk.training.config import make_recipe
+from smoltolk.training.config import load_recipe, make_recipe
 from smoltolk.training.plan import GIB, kept_bytes, make_plan, memory_by_use
 
 
@@ -90,3 +93,22 @@ def test_the_command_prints_the_plan_without_weights(tiny_world, tmp_path, capsy
     shown = capsys.readouterr().out
     assert "input_adapter" in shown
     assert "2 GPUs" in shown
+
+
+SHIPPED = sorted(path for path in Path("recipes").glob("*.yaml") if "tiny" not in path.name)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_a_shipped_recipe_fits_and_says_what_it_needs(path):
+    recipe = load_recipe(path)
+    stages = make_plan(recipe, gpus=8, lm_config=CONFIGS[recipe.model.backbone]()).stages
+    tokens, flops = (sum(getattr(stage, name) for stage in stages) for name in ("tokens", "flops"))
+    header = path.read_text().split("name:")[0]
+    assert f"torchrun --nproc-per-node 8 -m smoltolk train {path}" in header
+    assert f"Tokens: {tokens:.3g}. FLOPs: {flops:.3g}." in header
+    assert f"{max(stage.memory_bytes for stage in stages) / GIB:.0f} GiB on each GPU" in header
+    twin = path.with_name(path.name.replace("smoltolk", "early-fusion"))
+    assert twin.is_file()
+    if twin != path:
+        assert load_recipe(twin).stages == recipe.stages
+        assert load_recipe(twin).data == recipe.data
