@@ -51,6 +51,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--copy", action="store_true", help="copy the shard instead of linking it: needs the disk space"
     )
+    parser.add_argument(
+        "--start",
+        choices=("spawn", "fork"),
+        default="spawn",
+        help="how the measuring processes start: forked ones start at once, but their memory is not their own",
+    )
     parser.add_argument("--folder", type=Path, help="where the stores are made for the time of the run")
     options = parser.parse_args(arguments)
     print(
@@ -71,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
             path = Path(folder) / f"of-{count}"
             simulate_store(shard, path, count, copy=options.copy)
             # A process of its own: what it gets in memory is this store's.
-            with multiprocessing.get_context("fork").Pool(1) as pool:
+            with multiprocessing.get_context(options.start).Pool(1) as pool:
                 found[count] = pool.apply(measure, (path, options.lengths, options.rows, options.repeats))
             shutil.rmtree(path)
             print(json.dumps({"utterances": count, **found[count]}), flush=True)
