@@ -48,7 +48,7 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {f"w{number}": number for number in range(1000)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")  # noqa: S106
 
 
 def write_corpus(folder: Path, seconds: float, total_s: float, rate_hz: int, seed: int) -> Path:
