@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import smoltolk
+from smoltolk.model.export import CODE
 
 SOURCE = Path(smoltolk.__file__).parent
 LEVELS = [
@@ -48,7 +49,7 @@ def test_imports_point_down_only():
 
 
 def test_the_model_files_import_siblings_only_so_that_they_can_travel_with_a_model():
-    for name in ("configuration_smoltolk.py", "modeling_smoltolk.py"):
+    for name in CODE:
         for node in ast.walk(ast.parse((SOURCE / "model" / name).read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert node.level <= 1

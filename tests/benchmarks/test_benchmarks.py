@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 import torch
-from benchmarks import generate, profile_step, train_step
+from benchmarks import batches, generate, profile_step, tokenize_speech, train_step
 from benchmarks.reference import ReferenceModel
 from benchmarks.workload import EARLY_FUSION, interleaved_rows
 from tests.conftest import mixed_ids, tiny_model
@@ -49,6 +49,16 @@ def test_the_profile_gives_every_part_of_the_model_a_share(capsys):
     assert {"text head, cross-entropy", "unit head, embeddings, rest"} <= set(rows)
 
 
+def test_the_benchmark_of_tokenizers_has_a_row_for_each_window_batch_and_file(capsys):
+    lengths = ["--windows-s", "2", "3", "--batch-sizes", "1", "2", "--files-s", "1"]
+    tokenize_speech.main(["--size", "tiny", "--device", "cpu", "--layer", "2", "--repeats", "1", *lengths])
+    text = capsys.readouterr().out
+    windows = ["windows of 2 s"] * 2 + ["windows of 3 s"] * 2
+    loads = ["load_audio, WAV, 16 kHz", "load_audio, FLAC, 44.1 kHz"]
+    assert table_rows(text) == ["audio", *windows, "files of 1 s", "what", "mel tokenizer", *loads]
+    assert text.count("0.00 %") == 4
+
+
 def test_the_reference_has_the_losses_and_gradients_of_the_model():
     model = tiny_model().train()
     input_ids = mixed_ids(ids=model.ids)
@@ -79,3 +89,28 @@ def test_a_shape_of_another_form_is_refused(capsys):
     with pytest.raises(SystemExit):
         train_step.main([*TINY, "--shapes", "512"])
     assert "'512' is not of the form 2x512" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_batches_reports_a_row_for_each_size_task_and_length(capsys, tmp_path):
+    batches.main(
+        ["--utterances", "30", "4096", "--lengths", "64", "--rows", "4", "--repeats", "1", "--folder", str(tmp_path)]
+    )
+    rows = table_rows(capsys.readouterr().out)
+    assert rows[:4] == ["utterances", "30", "4,096", "rows"]
+    assert rows[4:] == ["alternate", "poisson", "coin", "sentence", "speech", "text", "transcription", "synthesis"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_simulated_store_has_as_many_utterances_as_it_should(tmp_path, copy):
+    base = batches.write_store(
+        tmp_path / "base",
+        (batches.random_utterance(number) for number in range(20)),
+        text_tokenizer_fingerprint="t",
+        speech_tokenizer=batches.CARD,
+    )
+    batches.simulate_store(base, tmp_path / "many", 100, copy=copy)
+    store = batches.Store(tmp_path / "many")
+    assert len(store) == 100
+    assert store[63].units.tolist() == base[3].units.tolist()
+    store.verify()

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from smoltolk.data import store as store_module
+from smoltolk.data import shard as shard_module
 from smoltolk.data.store import MANIFEST, Store, StoreWriter, lock, write_store
 from smoltolk.data.utterance import Utterance
 
@@ -82,7 +82,7 @@ def test_utterances_come_back_as_they_were_written(tmp_path):
 
 
 def test_random_access_crosses_shards_and_row_groups_with_a_cache_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "ROWS_PER_GROUP", 3)
+    monkeypatch.setattr(shard_module, "ROWS_PER_GROUP", 3)
     make_store(tmp_path / "store", 25, rows_per_shard=10)
     store = Store(tmp_path / "store", cache_bytes=1)
     for row in np.random.default_rng(0).permutation(25):
@@ -231,8 +231,8 @@ def test_another_number_of_rows_than_the_manifest_says_is_refused(tmp_path):
 
 def test_another_version_is_refused(tmp_path):
     make_store(tmp_path / "store")
-    change_manifest(tmp_path / "store", lambda manifest: manifest.update(format_version=2))
-    with pytest.raises(ValueError, match="format version 2, this smoltolk reads version 1"):
+    change_manifest(tmp_path / "store", lambda manifest: manifest.update(format_version=1))
+    with pytest.raises(ValueError, match="format version 1, this smoltolk reads version 2"):
         Store(tmp_path / "store")
 
 
@@ -262,7 +262,9 @@ def test_units_out_of_range_are_found_when_a_store_is_opened(tmp_path):
 def test_a_shard_of_another_store_is_refused(tmp_path):
     make_store(tmp_path / "a")
     make_store(tmp_path / "b", text_tokenizer_fingerprint="text-2")
-    replace_shard(tmp_path / "a", pq.read_table(tmp_path / "b" / "shard-00000.parquet"))
+    file = "shard-00001.parquet"
+    size = (tmp_path / "b" / file).replace(tmp_path / "a" / file).stat().st_size
+    change_manifest(tmp_path / "a", lambda manifest: manifest["shards"][1].update(bytes=size))
     with pytest.raises(ValueError, match="other tokenizers than the first shard"):
         Store(tmp_path / "a")
 

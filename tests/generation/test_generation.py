@@ -29,6 +29,9 @@ class ToneTokenizer(SpeechTokenizer):
         blocks = [np.abs(a[: len(a) // 160 * 160].reshape(-1, 160)).max(1) for a in audios]
         return [Units.from_frames((b * (NUM_UNITS - 1)).astype(int)) for b in blocks]
 
+    def encode_stream(self, blocks):
+        return self.encode(np.concatenate(list(blocks)))
+
     def save(self, path):
         raise NotImplementedError
 

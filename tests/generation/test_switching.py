@@ -149,3 +149,14 @@ def test_what_a_prompt_is_padded_with_changes_nothing(model):
 def test_a_switch_alone_leads_to_speech(model):
     (new,) = continue_ids(model, torch.tensor([[model.ids.switch_id]]), max_new_tokens=3, min_new_tokens=3)
     assert all(token >= model.ids.speech_offset for token in new)
+
+
+def test_prompts_between_bop_and_eop_are_answered_in_the_other_modality(model):
+    ids = model.ids
+    text, units = [5, 6], [ids.speech_offset, ids.speech_offset + 1]
+    for first, second in ((text, units), (units, text)):
+        question = [ids.bop_id, *first, ids.eop_id, ids.switch_id]
+        example = [*question, *second, ids.end_id(second is units)]  # pairs follow one another without a switch
+        for prompt in (question, [*example, *question]):
+            (new,) = continue_ids(model, torch.tensor([prompt]), max_new_tokens=3, min_new_tokens=3)
+            assert [token >= ids.speech_offset for token in new] == [second is units] * 3

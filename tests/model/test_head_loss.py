@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from tests.conftest import mixed_ids, tiny_model
 
-from smoltolk.model import modeling_smoltolk
-from smoltolk.model.modeling_smoltolk import head_loss
+from smoltolk.model.losses import head_loss
 
 
 def plain(hidden, weight, target, scale, cap):
@@ -20,7 +19,7 @@ def plain(hidden, weight, target, scale, cap):
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (0.5, 2.0)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, rows_per_chunk, scale, cap, autocast):
-    monkeypatch.setattr(modeling_smoltolk, "LOGITS_PER_CHUNK", 11 * rows_per_chunk)
+    monkeypatch.setattr("smoltolk.model.losses.LOGITS_PER_CHUNK", 11 * rows_per_chunk)
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(11, (7,), generator=generator)
     found = []

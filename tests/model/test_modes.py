@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.conftest import EARLY_FUSION, mixed_ids, tiny_lm_config, tiny_model
 from tests.model.test_backbones import family_model
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from smoltolk import SmolTolkForCausalLM
 
@@ -97,13 +100,24 @@ def test_a_compiled_model_is_saved_under_the_same_names(tmp_path):
         assert torch.equal(SmolTolkForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, expected)
 
 
-def test_flex_attention_reaches_the_backbone_and_the_output_adapter():
-    model = tiny_model()
-    model.set_attn_implementation("flex_attention")
-    assert model.body.config._attn_implementation == "flex_attention"
-    assert model.output_adapter.config._attn_implementation == "flex_attention"
-    assert model.input_adapter.config._attn_implementation == "sdpa"
-    assert model._supports_flash_attn
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_is_sdpa_also_on_packed_documents_and_in_generation(model):
+    ids = mixed_ids(ids=model.ids)
+    packed = {"input_ids": ids[:1, :10], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])}
+    found = {}
+    for kind in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(kind)
+        assert model.body.config._attn_implementation == model.output_adapter.config._attn_implementation == kind
+        assert model.input_adapter.config._attn_implementation == "sdpa"
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            found[kind] = model(ids).logits, model(**packed).logits
+            found[kind] += (
+                model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False),
+            )
+    for expected, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(other, expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="takes no flex attention: set sdpa"):
+        model.generate(ids, cache_implementation="static")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -258,3 +272,86 @@ def test_every_rank_calls_the_input_adapter_once_whatever_its_batch_holds(model,
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
     assert alone == {"mixed": 1, "text": 0, "long and short": 2}[kind]
     assert len(calls) - alone == 1
+
+
+def varlen_probe(calls):
+    """What transformers calls flash attention with, computed with SDPA: segments by `cu_seq_lens_q`."""
+
+    def attend(
+        module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, position_ids=None, **kwargs
+    ):
+        rows, length = len(query), query.shape[2]
+        document = torch.zeros(rows, length, dtype=torch.long)
+        if cu_seq_lens_q is not None:
+            assert rows == 1
+            assert cu_seq_lens_q.dtype == torch.int32
+            assert torch.equal(cu_seq_lens_q, kwargs["cu_seq_lens_k"])
+            assert kwargs["max_length_q"] == kwargs["max_length_k"] == int(cu_seq_lens_q.diff().max())
+            assert cu_seq_lens_q[-1] == length
+            document[0, cu_seq_lens_q[1:-1].long()] = 1
+            calls.append(cu_seq_lens_q.tolist())
+        elif position_ids is not None and rows == 1:  # as transformers finds packed rows
+            document[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+        document = document.cumsum(1)
+        mask = (document[:, :, None] == document[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
+        if attention_mask is not None:
+            mask &= attention_mask[:, None].bool()
+        attended = F.scaled_dot_product_attention(
+            query, key, value, mask[:, None] | torch.eye(length, dtype=torch.bool), scale=scaling, enable_gqa=True
+        )
+        return attended.transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+@pytest.fixture
+def flash_calls(monkeypatch):
+    """Registers a kind of attention that is called like flash attention; the segments it was called with."""
+    calls = []
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *_, **__: None)
+    AttentionInterface.register("flash_probe", varlen_probe(calls))
+    AttentionMaskInterface.register("flash_probe", flash_attention_mask)
+    yield calls
+    del ALL_ATTENTION_FUNCTIONS._global_mapping["flash_probe"]
+    del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping["flash_probe"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_segments_go_to_flash_attention_in_one_row_without_padding(flash_calls, family):
+    model = family_model(family).train()
+    ids = mixed_ids(ids=model.ids)
+    expected, expected_gradients = gradients(model, ids)
+    model.set_attn_implementation("flash_probe")
+    found, found_gradients = gradients(model, ids)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert_equal_gradients(expected_gradients, found_gradients)
+    is_speech = ids >= model.ids.speech_offset
+    begins = is_speech & ~F.pad(is_speech, (1, 0))[:, :-1]
+    assert len(flash_calls) == len(model.input_adapter.layers)
+    assert len(flash_calls[0]) == int(begins.sum()) + 1
+    assert flash_calls[0][-1] == int(is_speech.sum())
+
+
+def test_packed_documents_part_segments_in_flash_attention(flash_calls, model):
+    ids = torch.full((1, 10), model.ids.speech_offset + 2)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions).logits
+        model.set_attn_implementation("flash_probe")
+        found = model(ids, position_ids=positions).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert flash_calls[0] == [0, 4, 10]
+
+
+def test_text_alone_gives_the_input_adapter_a_gradient_of_zero_with_flash_attention(flash_calls, model):
+    model.train().set_attn_implementation("flash_probe")
+    text = torch.ones(2, 5, dtype=torch.long)
+    model(text, labels=text).loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.input_adapter.parameters())
+
+
+def test_a_cache_takes_masked_attention_in_the_input_adapter(flash_calls, model):
+    model.set_attn_implementation("flash_probe")
+    model(mixed_ids(ids=model.ids)[:1], use_cache=True)
+    assert flash_calls == []
+    assert model.input_adapter.config._attn_implementation == "sdpa"

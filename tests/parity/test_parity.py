@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 import smoltolk
-from smoltolk.model.modeling_smoltolk import mean_entropy
+from smoltolk.model.losses import mean_entropy
 
 GOLDEN = Path(__file__).parent
 BATCHES = ("inter_textfirst", "inter_mixed", "speech", "text")

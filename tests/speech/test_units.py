@@ -81,7 +81,7 @@ def test_fitting_twice_gives_the_same_tokenizer_and_another_seed_another(
 def test_fitting_on_more_frames_than_kmeans_sees_uses_a_sample(
     audios: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mel_module, "_FIT_FRAMES", 500)
+    monkeypatch.setattr(mel_module, "FIT_FRAMES", 500)
     few = MelTokenizer.fit(audios, num_units=4)
     monkeypatch.undo()
     np.testing.assert_array_equal(few.band_means, MelTokenizer.fit(audios, num_units=4).band_means)
@@ -131,7 +131,7 @@ def test_changed_settings_are_refused(tokenizer: MelTokenizer, tmp_path: Path) -
         ("tokenizer.json", None, "holds no speech tokenizer"),
         ("tokenizer.json", b"{", "is damaged"),
         ("tokenizer.json", b"[]", "not the card"),
-        ("tokenizer.json", b'{"kind": "hubert", "fingerprint": "", "settings": {}}', "kind 'hubert'"),
+        ("tokenizer.json", b'{"kind": "tone", "fingerprint": "", "settings": {}}', "kind 'tone'"),
         ("tokenizer.json", b'{"kind": "mel", "fingerprint": "", "settings": {"hops": 1}}', "not a whole tokenizer"),
         ("tokenizer.json", b'{"kind": "mel", "fingerprint": "", "settings": {"num_bands": "x"}}', "not a whole"),
         ("kmeans.safetensors", None, "not a whole tokenizer"),

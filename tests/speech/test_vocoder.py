@@ -1,11 +1,12 @@
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from smoltolk.speech.mel import MelTokenizer
-from smoltolk.speech.mel_vocoder import MelVocoder
+from smoltolk.speech.mel import MelSettings, MelTokenizer
+from smoltolk.speech.mel_vocoder import MelVocoder, _mels_per_frame
 from smoltolk.speech.units import Units
 from smoltolk.speech.vocoder import load_vocoder
 
@@ -155,3 +156,57 @@ def test_training_on_nothing_or_on_units_of_other_audio_is_refused(
         MelVocoder.fit([], tokenizer)
     with pytest.raises(ValueError, match="encode this audio again"):
         MelVocoder.fit([(pairs[0][0], pairs[1][1])], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("hop_samples", "sample_rate_hz", "mels_per_frame"),
+    [(160, 16_000, 1), (80, 16_000, 1), (320, 16_000, 2), (640, 16_000, 4), (1920, 24_000, 8), (221, 22_050, 1)],
+)
+def test_log_mel_frames_last_about_10_ms_and_fill_the_tokenizers_frames(
+    hop_samples: int, sample_rate_hz: int, mels_per_frame: int
+) -> None:
+    assert _mels_per_frame(hop_samples, sample_rate_hz) == mels_per_frame
+
+
+def test_units_of_40_ms_are_decoded_as_well(audios: list[np.ndarray], tmp_path: Path) -> None:
+    tokenizer = MelTokenizer.fit(audios, num_units=12, settings=MelSettings(hop_samples=640, switch_penalty=0.1))
+    vocoder = MelVocoder.fit(zip(tokenizer.encode_batch(audios), audios, strict=True), tokenizer, steps=20)
+    units = tokenizer.encode(audios[3])
+    audio = vocoder.decode(units.units, units.durations)
+    assert len(audio) == 640 * units.durations.sum()
+    assert np.mean(tokenizer.encode(audio).frames() == units.frames()) > 0.6
+    predicted = vocoder.predict_durations(units.units)
+    assert 0.5 < predicted.sum() / units.durations.sum() < 1.5
+    streamed = np.concatenate([piece for _, piece in vocoder.decode_stream(units.units)])
+    assert len(streamed) == 640 * predicted.sum()
+    vocoder.save(tmp_path)
+    np.testing.assert_array_equal(load_vocoder(tmp_path, tokenizer).decode(units.units), vocoder.decode(units.units))
+
+
+@pytest.mark.parametrize("more_samples", [-150, 0, 300])
+def test_a_tokenizer_may_fill_up_its_last_frame_or_leave_one_out(
+    tokenizer: MelTokenizer, pairs: list[tuple[Units, np.ndarray]], more_samples: int
+) -> None:
+    units, audio = pairs[0]
+    num_samples = 160 * units.durations.sum() + more_samples
+    audio = np.pad(audio, (0, 320))[:num_samples]
+    assert len(MelVocoder.fit([(units, audio)], tokenizer, steps=1).decode(units.units, units.durations))
+    for wrong in (np.pad(audio, (0, 320 - more_samples)), audio[: num_samples - more_samples - 160]):
+        with pytest.raises(ValueError, match="encode this audio again"):
+            MelVocoder.fit([(units, wrong)], tokenizer, steps=1)
+
+
+def test_a_card_without_log_mel_frames_has_one_in_a_frame(vocoder: MelVocoder, tmp_path: Path) -> None:
+    vocoder.save(tmp_path)
+    card = json.loads((tmp_path / "vocoder.json").read_bytes())
+    assert card.pop("mels_per_frame") == 1
+    (tmp_path / "vocoder.json").write_text(json.dumps(card))
+    units = np.array([4, 1, 7])
+    np.testing.assert_array_equal(MelVocoder.load(tmp_path).decode(units), vocoder.decode(units))
+
+
+def test_a_vocoder_of_unknown_kind_is_refused(vocoder: MelVocoder, tmp_path: Path) -> None:
+    vocoder.save(tmp_path)
+    (tmp_path / "vocoder.json").write_text(json.dumps({"kind": "tin can"}))
+    with pytest.raises(ValueError, match="kind 'tin can'; this version knows mel, hifigan and mimi"):
+        load_vocoder(tmp_path)

@@ -8,6 +8,7 @@ import yaml
 from tests.conftest import tiny_recipe
 
 from smoltolk import SmolTolkConfig
+from smoltolk.data.policies import CoinPolicy, PoissonPolicy, SentencePolicy, SpanPolicy
 from smoltolk.training.config import ModelSettings, load_recipe, make_recipe
 from smoltolk.training.optim import trapezoid
 
@@ -39,12 +40,50 @@ def put(settings, key, value):
         ("stages.1.decay_steps", 9, "decay_steps 9 do not fit into its 5 steps"),
         ("stages", [], "stages: [] is refused"),
         ("precision", "fp8", "precision: 'fp8' is refused"),
+        ("stages.0.mixture.transcribe", 1, "stages.0.mixture.transcribe: unknown key; did you mean transcription"),
+        ("data.policy", {"kind": "coin", "share": 0.5}, "data.policy.share: unknown key; did you mean"),
+        ("data.policy", {"kind": "toss"}, "data.policy: {'kind': 'toss'} is refused"),
+        ("data.policy", {"share": 0.5}, "data.policy.kind: missing"),
+        ("data.policy", {"kind": "coin", "speech_share": 2}, "speech_share is 2.0: give a share from 0 to 1"),
+        ("data.policy", {"kind": "poisson", "mean_words": 0}, "mean_words is 0.0: give a mean length"),
+        ("data.policy", {"kind": "alternate", "text_words": [3, 1]}, "text_words is (3, 1): give 1 <= fewest"),
+        ("data.text_words", [3, 1], "text_words is (3, 1): give 1 <= fewest"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(settings, key, value, message):
     put(settings, key, value)
+    if key == "data.policy":
+        del settings["data"]["text_words"], settings["data"]["speech_words"]
     with pytest.raises(ValueError, match=re.escape(message)):
         make_recipe(settings)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ({"kind": "alternate", "text_words": [2, 3]}, SpanPolicy(text_words=(2, 3))),
+        ({"kind": "poisson", "share": 0.4, "spans": "text"}, PoissonPolicy(share=0.4, spans="text")),
+        ({"kind": "coin"}, CoinPolicy()),
+        ({"kind": "sentence", "speech_share": 0.25}, SentencePolicy(0.25)),
+    ],
+)
+def test_a_recipe_chooses_its_policy(settings, policy, expected):
+    assert make_recipe(settings).data.policy.make() == SpanPolicy((2, 4), (2, 4))  # as recipes without policy say it
+    del settings["data"]["text_words"], settings["data"]["speech_words"]
+    assert make_recipe(settings).data.policy.make() == SpanPolicy()
+    assert make_recipe(settings | {"data": settings["data"] | {"policy": policy}}).data.policy.make() == expected
+
+
+def test_words_beside_a_policy_are_refused(settings):
+    settings["data"]["policy"] = {"kind": "coin"}
+    with pytest.raises(ValueError, match=r"data: .*speech_words and text_words stand beside policy: put them into"):
+        make_recipe(settings)
+
+
+def test_what_changes_no_batch_changes_no_fingerprint(settings):
+    recipe = make_recipe(settings)
+    assert make_recipe(settings | {"loader_workers": 3}).fingerprint == recipe.fingerprint
+    assert recipe.fingerprint != make_recipe(settings | {"seed": 5}).fingerprint
 
 
 def test_a_missing_key_is_named(settings):
@@ -92,3 +131,23 @@ def test_every_shipped_recipe_loads(path):
     recipe = load_recipe(path)
     assert f"smoltolk train {path}" in path.read_text()
     assert recipe.num_steps > 0
+
+
+def test_a_recipe_extends_another(settings, tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "twin.yaml").write_text("extends: ../base.yaml\nname: twin\nmodel: {speech_residual: false}\n")
+    base, twin = load_recipe(tmp_path / "base.yaml"), load_recipe(tmp_path / "more" / "twin.yaml")
+    assert twin.name == "twin"
+    assert twin.model == base.model.model_copy(update={"speech_residual": False})
+    assert twin.stages == base.stages
+
+
+def test_recipes_in_a_circle_and_a_wrong_extends_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml")
+    with pytest.raises(ValueError, match=r"a.yaml extends itself, by way of 2 files"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("extends: [a.yaml]")
+    with pytest.raises(ValueError, match=r"extends is \['a.yaml'\]: give the path of one recipe"):
+        load_recipe(tmp_path / "c.yaml")

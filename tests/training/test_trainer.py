@@ -1,6 +1,7 @@
 """Training: exact resume, stages, faults."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -149,6 +150,41 @@ def test_a_model_that_shall_switch_learns_the_switch_too(tiny_world, tmp_path, w
         assert line["loss"] == pytest.approx(total / labels, rel=1e-5)
 
 
+ALL_TASKS = {"interleaved": 1, "speech": 1, "text": 1, "transcription": 1, "synthesis": 1}
+
+
+@pytest.mark.parametrize("predict_switch", [False, True])
+@pytest.mark.parametrize("kind", ["alternate", "poisson", "coin", "sentence"])
+def test_every_policy_trains_beside_transcription_and_synthesis(tiny_world, tmp_path, kind, predict_switch):
+    settings = tiny_recipe(tiny_world, tmp_path)
+    store = [{"store": str(tiny_world / "store")}]
+    settings["data"] = dict.fromkeys(ALL_TASKS, store) | {"policy": {"kind": kind}}
+    settings["model"]["predict_switch"] = predict_switch
+    stage = settings["stages"][1] | {"steps": 3, "rows_per_step": 10, "row_tokens": 80, "mixture": ALL_TASKS}
+    run(settings | {"stages": [stage]})
+    last = curve(tmp_path)[-1]
+    assert all(last[f"validation_{task}_loss"] > 0 for task in ALL_TASKS)
+    assert 0 < last["text_loss"] < 10
+    assert 0 < last["speech_loss"] < 10
+
+
+def test_batches_drawn_ahead_by_processes_train_the_very_same_model(tiny_world, tmp_path, whole_run):
+    settings = tiny_recipe(tiny_world, tmp_path, loader_workers=2)
+
+    def interrupt(metrics):
+        if metrics["step"] == 3:
+            workers = multiprocessing.active_children()
+            assert len(workers) == 2
+            for process in (*(worker.pid for worker in workers), os.getpid()):  # as Ctrl-C in a terminal
+                os.kill(process, signal.SIGINT)
+
+    with pytest.raises(TrainingStopped, match="stopped after step 3 of 9"):
+        run(settings, on_step=interrupt)
+    run(settings)
+    assert_same_run(tmp_path, whole_run)
+    assert multiprocessing.active_children() == []
+
+
 def test_early_fusion_sees_the_same_rows(tiny_world, tmp_path, whole_run):
     settings = tiny_recipe(tiny_world, tmp_path)
     settings["model"] = {"backbone": settings["model"]["backbone"], **EARLY_FUSION}
@@ -162,14 +198,16 @@ def test_early_fusion_sees_the_same_rows(tiny_world, tmp_path, whole_run):
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tiny_world, tmp_path, whole_run, monkeypatch):
     settings = tiny_recipe(tiny_world, tmp_path)
-    save = torch.save
+    save = checkpoints.dcp.save
 
-    def disk_full(state, path):
-        if "00000006" in str(path):
+    def disk_full(state, checkpoint_id, **settings):
+        if "00000006" in str(checkpoint_id):
+            checkpoint_id.mkdir()
+            (checkpoint_id / "half").write_bytes(bytes(100))
             raise OSError(28, "No space left on device")
-        save(state, path)
+        save(state, checkpoint_id=checkpoint_id, **settings)
 
-    monkeypatch.setattr(checkpoints.torch, "save", disk_full)
+    monkeypatch.setattr(checkpoints.dcp, "save", disk_full)
     with pytest.raises(OSError, match=r"step-00000006 could not be written .*No space left.*make room"):
         run(settings)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

@@ -15,6 +15,15 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--no-progress", action="store_true", help="show no progress bar")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser("plan", help="say what a recipe needs: parameters, tokens, FLOPs, memory, hours")
+    plan.add_argument("recipe", type=Path, help="YAML recipe")
+    plan.add_argument("--gpus", type=int, default=1)
+    plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
+    plan.add_argument("--peak-tflops", type=float, default=790.0, help="bf16 peak of a GPU (H100, H200: 790)")
+    plan.add_argument("--lm-config", help="configuration of the text LM, where the backbone itself is not at hand")
+    plan.set_defaults(run=_plan, resume_hint="stopped")
+
     evaluate = commands.add_parser("evaluate", help="score a cloze task in all modality pairs")
     evaluate.add_argument("model", type=Path, help="folder of a trained model")
     evaluate.add_argument("items", type=Path, help="Parquet, JSONL or CSV file of cloze items")
@@ -73,6 +82,34 @@ def _train(options: argparse.Namespace) -> None:
     from smoltolk.training.trainer import Trainer
 
     print(f"trained model: {Trainer(load_recipe(options.recipe), progress=not options.no_progress).run()}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+
+    from smoltolk.training.config import load_recipe
+    from smoltolk.training.plan import GIB, make_plan
+
+    lm_config = None if options.lm_config is None else AutoConfig.from_pretrained(options.lm_config)
+    plan = make_plan(
+        load_recipe(options.recipe),
+        gpus=options.gpus,
+        memory_gib=options.memory_gib,
+        mfu=options.mfu,
+        peak_tflops=options.peak_tflops,
+        lm_config=lm_config,
+    )
+    for part, count in (plan.parts | {"all": sum(plan.parts.values())}).items():
+        print(f"{part:<20}{count:>16,} parameters")
+    units = f"{plan.num_units} units" + (" (the paper's: no store is there yet)" if plan.is_assumed else "")
+    print(f"{units}; {options.gpus} GPUs of {options.memory_gib:g} GiB, {100 * options.mfu:g} % MFU")
+    columns = ("stage", "trained", "frozen", "tokens/step", "steps", "tokens", "FLOPs", "GiB per GPU", "hours")
+    table = Table(*columns)
+    for number, stage in enumerate(plan.stages, start=1):
+        row = (f"{stage.trained:,}", f"{stage.frozen:,}", f"{stage.tokens_per_step:,}", f"{stage.steps:,}")
+        more = (f"{stage.tokens:.3g}", f"{stage.flops:.3g}", f"{stage.memory_bytes / GIB:.1f}", f"{stage.hours:.2f}")
+        table.add_row(str(number), *row, *more)
+    Console().print(table)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -4,18 +4,37 @@ Row `r` of step `s` depends on the seed, `s` and `r` alone: any split of a step 
 draws the same rows, and a run resumes at any step without other state.
 """
 
+import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
-from smoltolk.data.interleaving import Row, SpanPolicy, interleave, speech_row, text_row
+from smoltolk.data.interleaving import (
+    PAIR_CONTROL_TOKENS,
+    Row,
+    interleaved_row,
+    speech_row,
+    synthesis_row,
+    text_row,
+    transcription_row,
+)
+from smoltolk.data.policies import Policy, SpanPolicy
+from smoltolk.data.shard import Tokens
 from smoltolk.data.store import Store
-from smoltolk.data.utterance import Utterance
 from smoltolk.model.configuration_smoltolk import IdSpace
 
-TASKS = ("interleaved", "speech", "text")
+TASKS = ("interleaved", "speech", "text", "transcription", "synthesis")
+Weight = float | Literal["size"]
+PAIR_TASKS = ("transcription", "synthesis")
+NEEDS = {
+    "interleaved": "text, speech and word times",
+    "transcription": "text and speech",
+    "synthesis": "text and speech",
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,8 @@ class TaskMixture:
         interleaved: rows of alternating text and speech.
         speech: rows of speech alone.
         text: rows of text alone.
+        transcription: rows of pairs, speech and then its text.
+        synthesis: rows of pairs, text and then its speech.
 
     Raises:
         ValueError: a weight is negative, or all are zero.
@@ -34,13 +55,15 @@ class TaskMixture:
     interleaved: float = 1.0
     speech: float = 1.0
     text: float = 1.0
+    transcription: float = 0.0
+    synthesis: float = 0.0
 
     def __post_init__(self) -> None:
         for task in TASKS:
             if getattr(self, task) < 0:
                 raise ValueError(f"{task} is {getattr(self, task)}: a task's weight is 0 or more")
         if sum(self.weights) == 0:
-            raise ValueError("interleaved, speech and text are all 0: give at least one task a weight")
+            raise ValueError(f"{', '.join(TASKS)} are all 0: give at least one task a weight")
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -55,29 +78,26 @@ class Batch:
     Args:
         input_ids: ids (rows, row_tokens) int64.
         labels: targets (rows, row_tokens) int64, −100 where nothing is predicted; the model shifts.
-        attention_mask: ones (rows, row_tokens) int64; rows are full.
         tasks: the task of each row.
-        sample_ids: ids of the utterances in each row, for error reports.
+        samples: the utterances in each row, as (store, row) by number; `BatchSource.sample_ids` has their names.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    attention_mask: torch.Tensor
     tasks: list[str]
-    sample_ids: list[list[str]]
+    samples: list[list[tuple[int, int]]]
 
     def __len__(self) -> int:
         return len(self.tasks)
 
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """Ones (rows, row_tokens) int64: rows are full."""
+        return torch.ones_like(self.input_ids)
+
     def select(self, rows: slice) -> "Batch":
         """Some of the rows, as a micro-batch of views."""
-        return Batch(
-            self.input_ids[rows],
-            self.labels[rows],
-            self.attention_mask[rows],
-            self.tasks[rows],
-            self.sample_ids[rows],
-        )
+        return Batch(self.input_ids[rows], self.labels[rows], self.tasks[rows], self.samples[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,28 +106,29 @@ class _Draws:
 
     stores: list[Store]
     rows: list[np.ndarray]
-    cumulative: np.ndarray
+    cumulative: list[float]
+    reads_text: bool
 
-    def utterances(self, rng: np.random.Generator, sample_ids: list[str]) -> Iterator[Utterance]:
-        """Endless draws: a store by its share, then one of its rows uniformly; notes their ids."""
+    def tokens(self, rng: np.random.Generator, samples: list[tuple[int, int]]) -> Iterator[Tokens]:
+        """Endless draws: a store by its share, then one of its rows uniformly; notes which."""
         while True:
-            which = int(self.cumulative.searchsorted(rng.random(), side="right"))
+            which = bisect_right(self.cumulative, rng.random())
             rows = self.rows[which]
-            utterance = self.stores[which][int(rows[rng.integers(len(rows))])]
-            sample_ids.append(utterance.id)
-            yield utterance
+            row = int(rows[rng.integers(len(rows))])
+            samples.append((which, row))
+            yield self.stores[which].tokens(row, reads_text=self.reads_text)
 
 
 class BatchSource:
     """Draws batches from stores.
 
     Args:
-        stores: for each task ("interleaved", "speech", "text") the stores it draws from, with the share of
-            utterances drawn from each. Rows of utterances without the needed halves are never drawn.
+        stores: for each task (`TASKS`) the stores it draws from, with the share of utterances drawn from each, or
+            "size" for as many as there are. Utterances without the needed halves are never drawn.
         mixture: share of each task in the rows.
         ids: id space of the model.
         row_tokens: length of a row.
-        policy: how long the runs of interleaved rows are.
+        policy: which words of interleaved rows are text and which are speech; by default the paper's.
         split: the split to draw from. Fixed validation rows are those of `split="validation"` at a fixed
             seed and step.
         max_positions: longest sequence the model has positions for.
@@ -122,12 +143,12 @@ class BatchSource:
 
     def __init__(
         self,
-        stores: Mapping[str, Sequence[tuple[Store, float]]],
+        stores: Mapping[str, Sequence[tuple[Store, Weight]]],
         *,
         mixture: TaskMixture,
         ids: IdSpace,
         row_tokens: int,
-        policy: SpanPolicy | None = None,
+        policy: Policy | None = None,
         split: str = "train",
         max_positions: int | None = None,
         predict_switch: bool = False,
@@ -150,7 +171,6 @@ class BatchSource:
         self._predict_switch = predict_switch
         self._task_cumulative = _cumulative(mixture.weights)
         self._draws: dict[str, _Draws] = {}
-        self._unit_rate_hz = 0.0
         for task, weight in zip(TASKS, mixture.weights, strict=True):
             if weight == 0:
                 continue
@@ -178,7 +198,6 @@ class BatchSource:
                     f"{store.path} has num_units {store.num_units}, the model has {self.ids.num_units}: "
                     f"prepare the store with the model's speech tokenizer"
                 )
-            self._unit_rate_hz = store.unit_rate_hz or 0.0
         if needs_text:
             store.require(text_fingerprint=text_fingerprint)
             text_fingerprint = store.metadata.text_tokenizer_fingerprint
@@ -189,64 +208,81 @@ class BatchSource:
                 )
         return speech_fingerprint, text_fingerprint
 
-    def _make_draws(self, task: str, weighted: Sequence[tuple[Store, float]]) -> _Draws:
+    def _make_draws(self, task: str, weighted: Sequence[tuple[Store, Weight]]) -> _Draws:
         if not weighted:
             raise ValueError(f"task {task} has a weight but no store: give it a store, or the weight 0")
+        if len({weight == "size" for _, weight in weighted}) > 1:
+            raise ValueError(f'task {task} has the weight "size" for some stores and numbers for others: give one kind')
         rows = []
         for store, weight in weighted:
-            if weight <= 0:
-                raise ValueError(f"{store.path} has the weight {weight} in task {task}: give more than 0")
-            rows.append(
-                store.ids_of_split(
-                    self.split,
-                    has_text=task != "speech",
-                    has_speech=task != "text",
-                    is_aligned=task == "interleaved",
-                )
+            if weight != "size" and weight <= 0:
+                raise ValueError(f'{store.path} has the weight {weight} in task {task}: give more than 0 or "size"')
+            found = store.ids_of_split(
+                self.split,
+                has_text=task != "speech",
+                has_speech=task != "text",
+                is_aligned=task == "interleaved",
             )
+            rows.append(self._without_overlong(store, task, found) if task in PAIR_TASKS else found)
             if len(rows[-1]) == 0:
-                half = {"interleaved": "text, speech and word times"}.get(task, task)
                 raise ValueError(
-                    f"{store.path} has no utterance with {half} in the split {self.split!r}: "
+                    f"{store.path} has no utterance with {NEEDS.get(task, task)} in the split {self.split!r}: "
                     f"prepare it with such utterances, or leave the store out of the task {task}"
                 )
-        return _Draws([store for store, _ in weighted], rows, _cumulative([weight for _, weight in weighted]))
+        return _Draws(
+            [store for store, _ in weighted],
+            rows,
+            _cumulative([len(r) if w == "size" else w for (_, w), r in zip(weighted, rows, strict=True)]),
+            reads_text=task == "interleaved" and self._policy.reads_text,
+        )
+
+    def _without_overlong(self, store: Store, task: str, rows: np.ndarray) -> np.ndarray:
+        """Leaves out, and says so, utterances that are longer than a row and have no word times to cut them by."""
+        num_tokens = store.lengths("text_ids")[rows] + store.lengths("units")[rows] + PAIR_CONTROL_TOKENS
+        is_overlong = (num_tokens > self.row_tokens) & (store.lengths("word_ends_s")[rows] == 0)
+        if is_overlong.any():
+            warnings.warn(
+                f"task {task} leaves out {is_overlong.sum()} of {len(rows)} utterances of {store.path}: as pairs they "
+                f"have up to {num_tokens[is_overlong].max()} tokens, more than row_tokens {self.row_tokens}, and no "
+                f"word times to cut them by: align them, cut the recordings, or raise row_tokens",
+                stacklevel=4,
+            )
+        return rows[~is_overlong]
 
     def batch(self, seed: int, step: int, *, rows: range | int) -> Batch:
         """The given rows of a step: `range(8, 16)` is rows 8 to 15 of it, a number is that many from 0."""
         rows = range(rows) if isinstance(rows, int) else rows
         drawn = [self._row(seed, step, row) for row in rows]
-        input_ids = torch.from_numpy(np.stack([row.input_ids for row, _, _ in drawn]))
         return Batch(
-            input_ids=input_ids,
+            input_ids=torch.from_numpy(np.stack([row.input_ids for row, _, _ in drawn])),
             labels=torch.from_numpy(np.stack([row.labels for row, _, _ in drawn])),
-            attention_mask=torch.ones_like(input_ids),
             tasks=[task for _, task, _ in drawn],
-            sample_ids=[sample_ids for _, _, sample_ids in drawn],
+            samples=[samples for _, _, samples in drawn],
         )
 
-    def _row(self, seed: int, step: int, row: int) -> tuple[Row, str, list[str]]:
+    def sample_ids(self, batch: Batch) -> list[list[str]]:
+        """Names of the utterances in each row of a batch, for error reports."""
+        return [
+            [self._draws[task].stores[which][row].id for which, row in samples]
+            for task, samples in zip(batch.tasks, batch.samples, strict=True)
+        ]
+
+    def _row(self, seed: int, step: int, row: int) -> tuple[Row, str, list[tuple[int, int]]]:
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step, row])))
-        task = TASKS[int(self._task_cumulative.searchsorted(rng.random(), side="right"))]
-        sample_ids: list[str] = []
-        utterances = self._draws[task].utterances(rng, sample_ids)
-        if task == "text":
-            return text_row(utterances, rng, self.ids, self.row_tokens), task, sample_ids
-        if task == "speech":
-            return speech_row(utterances, rng, self.ids, self.row_tokens), task, sample_ids
-        drawn = interleave(
-            utterances,
-            rng,
-            self.ids,
-            self._policy,
-            self.row_tokens,
-            self._unit_rate_hz,
-            predict_switch=self._predict_switch,
-        )
-        return drawn, task, sample_ids
+        task = TASKS[bisect_right(self._task_cumulative, rng.random())]
+        samples: list[tuple[int, int]] = []
+        return self._draw(task, self._draws[task].tokens(rng, samples), rng), task, samples
+
+    def _draw(self, task: str, tokens: Iterator[Tokens], rng: np.random.Generator) -> Row:
+        if task == "interleaved":
+            return interleaved_row(
+                tokens, rng, self.ids, self._policy, self.row_tokens, predict_switch=self._predict_switch
+            )
+        rows = {"speech": speech_row, "text": text_row, "transcription": transcription_row, "synthesis": synthesis_row}
+        return rows[task](tokens, rng, self.ids, self.row_tokens)
 
 
-def _cumulative(weights: Sequence[float]) -> np.ndarray:
+def _cumulative(weights: Sequence[float]) -> list[float]:
     """Upper ends in [0, 1] of consecutive shares; the last one that is not 0 is exactly 1."""
     cumulative = np.cumsum(weights, dtype=np.float64)
-    return cumulative / cumulative[-1]
+    return (cumulative / cumulative[-1]).tolist()

@@ -6,7 +6,8 @@ A store is a folder:
     shard-00000.parquet   one row per utterance; the schema metadata names both tokenizers
     …
 
-Shards are ordinary Parquet (`SCHEMA`): Hugging Face `datasets`, DuckDB, Spark and Ray read them as they are.
+Shards are ordinary Parquet (`SCHEMA`, and a few columns derived from it, see `smoltolk.data.shard`): Hugging Face
+`datasets`, DuckDB, Spark and Ray read them as they are.
 Everything is written aside and renamed, the manifest last: a folder without one is not (yet) a store.
 """
 
@@ -14,21 +15,30 @@ import contextlib
 import fcntl
 import hashlib
 import json
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from smoltolk.data.shard import (
+    DECODED,
+    ROWS_PER_GROUP,
+    SHARD_SCHEMA,
+    RowGroup,
+    Tokens,
+    decoded_columns,
+    encode_shard,
+    tokens_of,
+)
 from smoltolk.data.utterance import (
     FORMAT_VERSION,
-    LIST_TYPES,
-    SCHEMA,
     StoreMetadata,
     Utterance,
     check_utterance,
@@ -37,8 +47,7 @@ from smoltolk.data.utterance import (
 from smoltolk.speech.audio import write_atomically
 
 MANIFEST = "manifest.json"
-ROWS_PER_SHARD = 2048
-ROWS_PER_GROUP = 256  # what one random access decodes when nothing is cached
+ROWS_PER_SHARD = ROWS_PER_GROUP
 
 
 @dataclass(frozen=True)
@@ -80,17 +89,7 @@ def write_shard(folder: Path, number: int, utterances: Sequence[Utterance], meta
     """
     for utterance in utterances:
         check_utterance(utterance, metadata)
-    columns = []
-    for field in SCHEMA:
-        values = [getattr(utterance, field.name) for utterance in utterances]
-        if field.name in LIST_TYPES:
-            dtype = LIST_TYPES[field.name]
-            values = [None if value is None else np.asarray(value, dtype=dtype) for value in values]
-        columns.append(pa.array(values, type=field.type))
-    sink = pa.BufferOutputStream()
-    table = pa.Table.from_arrays(columns, schema=metadata.to_schema())
-    pq.write_table(table, sink, row_group_size=ROWS_PER_GROUP, compression="zstd")
-    data = sink.getvalue().to_pybytes()
+    data = encode_shard(utterances, metadata)
     file = f"shard-{number:05d}.parquet"
     write_atomically(folder / file, data)
     return Shard(file, len(utterances), len(data), hashlib.sha256(data).hexdigest())
@@ -191,54 +190,40 @@ def write_store(
     return Store(path)
 
 
-class _RowGroup:
-    """A decoded row group: offsets and values of each list column as NumPy views of Arrow memory."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.num_bytes = table.nbytes
-        self._scalars: dict[str, pa.Array] = {}
-        self._lists: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        for name in SCHEMA.names:
-            column = table[name].combine_chunks()
-            if name in LIST_TYPES:
-                valid = column.is_valid().to_numpy(zero_copy_only=False)
-                self._lists[name] = (valid, column.offsets.to_numpy(), column.values.to_numpy())
-            else:
-                self._scalars[name] = column
-
-    def __getitem__(self, row: int) -> Utterance:
-        fields: dict[str, Any] = {name: column[row].as_py() for name, column in self._scalars.items()}
-        for name, (valid, offsets, values) in self._lists.items():
-            fields[name] = values[offsets[row] : offsets[row + 1]] if valid[row] else None
-        return Utterance(**fields)
-
-
 class Store:
-    """Reads a store in random access: `store[i]` is an `Utterance` whose arrays are read-only views.
+    """Reads a store in random access: `store[i]` is an `Utterance`, `store.tokens(i)` what rows are made of.
 
-    Opening looks at every shard's size, row count and metadata, not at its data (`verify` does). Reading maps
-    the shards into memory and decodes row groups of 256 utterances when they are first asked for.
+    Opening looks at every shard's size, row count and footer, not at its data (`verify` does). Tokens are read where
+    they lie in the mapped shards, so a draw costs the same in any store; what else an utterance has (`id`, `speaker`,
+    `source`, …) is decoded per row group when first asked for.
+
+    A store can be sent to another process, which opens it anew.
 
     Args:
         path: folder of the store.
-        cache_bytes: decoded row groups kept in memory, the most recently used ones.
+        cache_bytes: decoded columns kept in memory, the most recently used ones.
 
     Raises:
         ValueError: there is no store at `path`, a shard is missing, truncated or of another store or version,
             or holds units that its speech tokenizer does not have.
     """
 
-    def __init__(self, path: str | Path, *, cache_bytes: int = 1 << 30) -> None:
+    def __init__(self, path: str | Path, *, cache_bytes: int = 1 << 28) -> None:
         self.path = Path(path)
         self.shards = self._read_manifest()
+        self.max_text_id = -1
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
-        self._cache: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
-        self._group_starts: list[np.ndarray] = []  # first row of each row group, per shard
-        self.max_text_id = -1
+        self._cache: OrderedDict[int, dict[str, pa.Array]] = OrderedDict()
+        self._groups: list[RowGroup] = []
+        self._places: list[tuple[Path, int]] = []  # shard and number in it, of each row group
+        self._starts = [0]  # first row of each row group, and the end
+        self._ids_of_split: dict[tuple[str, bool, bool, bool], np.ndarray] = {}
         for number, shard in enumerate(self.shards):
             self._open_shard(number, shard)
-        self._shard_starts = np.concatenate([[0], np.cumsum([shard.rows for shard in self.shards])])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_store, (self.path, self._cache_bytes)
 
     def _read_manifest(self) -> list[Shard]:
         path = self.path / MANIFEST
@@ -267,15 +252,13 @@ class Store:
                 footer, schema = file.metadata, file.schema_arrow
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path} is damaged ({error}): prepare the store again") from None
-        metadata = StoreMetadata.from_schema(schema, path)
+        metadata = StoreMetadata.from_schema(schema, path, SHARD_SCHEMA)
         if number == 0:
             self.metadata = metadata
         elif metadata != self.metadata:
             raise ValueError(f"{path} was made with other tokenizers than the first shard: prepare the store again")
         if footer.num_rows != shard.rows:
             raise ValueError(f"{path} has {footer.num_rows} rows instead of {shard.rows}: prepare the store again")
-        sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-        self._group_starts.append(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
         self.max_text_id = max(self.max_text_id, _max_value(footer, "text_ids"))
         if (max_unit := _max_value(footer, "units")) >= (metadata.num_units or 0):
             raise ValueError(
@@ -283,28 +266,45 @@ class Store:
                 f"prepare the store again"
             )
 
+        # Arrow's mapping outlives its file descriptor: thousands of shards need no descriptors.
+        with pa.memory_map(str(path)) as file:
+            buffer = file.read_buffer()
+        for group in range(footer.num_row_groups):
+            self._groups.append(RowGroup(buffer, footer.row_group(group), path))
+            self._places.append((path, group))
+            self._starts.append(self._starts[-1] + self._groups[-1].num_rows)
+
     def __len__(self) -> int:
-        return int(self._shard_starts[-1])
+        return self._starts[-1]
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Row group, and row in it."""
+        if not 0 <= row < self._starts[-1]:
+            raise IndexError(f"row {row} of a store with {len(self)} rows")
+        group = bisect_right(self._starts, row) - 1
+        return group, row - self._starts[group]
 
     def __getitem__(self, row: int) -> Utterance:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of a store with {len(self)} rows")
-        shard = int(self._shard_starts.searchsorted(row, side="right")) - 1
-        row -= int(self._shard_starts[shard])
-        group = int(self._group_starts[shard].searchsorted(row, side="right")) - 1
-        return self._row_group(shard, group)[row - int(self._group_starts[shard][group])]
+        group, row = self._place(row)
+        fields: dict[str, Any] = {name: column[row].as_py() for name, column in self._decoded(group).items()}
+        fields |= self._groups[group].arrays(row)
+        return Utterance(text=bytes(self._groups[group].text(row)).decode() or None, **fields)
 
-    def _row_group(self, shard: int, group: int) -> _RowGroup:
-        if (shard, group) in self._cache:
-            self._cache.move_to_end((shard, group))
-            return self._cache[shard, group]
-        with pq.ParquetFile(self.path / self.shards[shard].file, memory_map=True) as file:
-            decoded = _RowGroup(file.read_row_group(group))
-        self._cache[shard, group] = decoded
-        self._cached_bytes += decoded.num_bytes
+    def tokens(self, row: int, *, reads_text: bool = False) -> Tokens:
+        """The tokens of a row, without decoding anything; its text only where asked for."""
+        group, row = self._place(row)
+        return self._groups[group].tokens(row, reads_text=reads_text)
+
+    def _decoded(self, group: int) -> dict[str, pa.Array]:
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        columns = decoded_columns(*self._places[group], DECODED)
+        self._cache[group] = columns
+        self._cached_bytes += _num_bytes(columns)
         while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].num_bytes
-        return decoded
+            self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
+        return columns
 
     @property
     def unit_rate_hz(self) -> float | None:
@@ -327,19 +327,34 @@ class Store:
             has_speech: only rows with a speech half.
             is_aligned: only rows with both halves and the times that align them.
         """
-        found = []
-        for shard, start in zip(self.shards, self._shard_starts, strict=False):
-            columns = ["split", "seconds", "word_token_counts", "word_ends_s"]
-            table = pq.read_table(self.path / shard.file, columns=columns, memory_map=True)
-            keep = pc.fill_null(pc.equal(table["split"], split), False)
-            if has_text:
-                keep = pc.and_(keep, pc.is_valid(table["word_token_counts"]))
-            if has_speech:
-                keep = pc.and_(keep, pc.is_valid(table["seconds"]))
-            if is_aligned:
-                keep = pc.and_(keep, pc.is_valid(table["word_ends_s"]))
-            found.append(np.flatnonzero(keep.to_numpy()) + start)
-        return np.concatenate(found)
+        wanted = (split, has_text, has_speech, is_aligned)
+        if wanted not in self._ids_of_split:  # tasks and stages ask for the same ones
+            keep = self._is_in_split(split)
+            for column, is_needed in (("text_ids", has_text), ("units", has_speech), ("word_ends_s", is_aligned)):
+                if is_needed:
+                    keep &= self.lengths(column) > 0
+            self._ids_of_split[wanted] = np.flatnonzero(keep)
+        return self._ids_of_split[wanted]
+
+    def lengths(self, column: str) -> np.ndarray:
+        """Number of values of each utterance in a column (len(self),), 0 where it has none."""
+        return np.concatenate([np.zeros(0, np.int32), *(group.lengths(column) for group in self._groups)])
+
+    def _is_in_split(self, split: str) -> np.ndarray:
+        names, numbers = self._splits
+        return numbers == names.index(split) if split in names else np.zeros(len(self), dtype=bool)
+
+    @cached_property
+    def _splits(self) -> tuple[list[str | None], np.ndarray]:
+        """Names of the splits, and the number of each row's in them."""
+        names: list[str | None] = []
+        numbers = np.zeros(len(self), dtype=np.int16)
+        for place, start, end in zip(self._places, self._starts, self._starts[1:], strict=False):
+            column = decoded_columns(*place, ["split"])["split"].dictionary_encode(null_encoding="encode")
+            found = column.dictionary.to_pylist()
+            names += [name for name in found if name not in names]
+            numbers[start:end] = np.array([names.index(name) for name in found], np.int16)[column.indices.to_numpy()]
+        return names, numbers
 
     def require(self, *, speech_fingerprint: str | None = None, text_fingerprint: str | None = None) -> None:
         """Check that the store was made with these tokenizers; None is not compared.
@@ -372,7 +387,23 @@ class Store:
                     f"changed: copy it again, or prepare the store again"
                 )
         for row in range(len(self)):
-            check_utterance(self[row], self.metadata)
+            utterance = self[row]
+            check_utterance(utterance, self.metadata)
+            expected = tokens_of(utterance, self.unit_rate_hz)
+            for name, values, right in zip(Tokens._fields, self.tokens(row, reads_text=True), expected, strict=True):
+                if bytes(values) != bytes(right):
+                    raise ValueError(
+                        f"utterance {utterance.id!r}: {name} differs from what {self.path} derives it from: "
+                        f"prepare the store again"
+                    )
+
+
+def _open_store(path: Path, cache_bytes: int) -> Store:
+    return Store(path, cache_bytes=cache_bytes)
+
+
+def _num_bytes(columns: dict[str, pa.Array]) -> int:
+    return sum(column.nbytes for column in columns.values())
 
 
 def _max_value(footer: pq.FileMetaData, column: str) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,20 @@ def encode_words(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndar
             f"every word needs 1 to 255 of its own; change the text or the tokenizer"
         )
     return np.array(encoding["input_ids"], dtype=np.uint32), counts.astype(np.uint8)
+
+
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[np.ndarray]) -> list[str]:
+    """The text of each piece of tokens (num_tokens,), special tokens kept and spaces as they are.
+
+    Raises:
+        ValueError: a token is not the tokenizer's, or the tokenizer is not a fast one.
+    """
+    _check_fast(tokenizer)
+    largest = max((int(piece.max()) for piece in pieces if len(piece)), default=0)
+    if largest >= len(tokenizer):
+        raise ValueError(f"token {largest} is not one of the {len(tokenizer)} of the tokenizer: give another tokenizer")
+    lists = [piece.tolist() for piece in pieces]
+    return tokenizer.backend_tokenizer.decode_batch(lists, skip_special_tokens=False)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

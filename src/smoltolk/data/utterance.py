@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WORD_END_TOLERANCE_S = 0.05  # aligners round their times: how far a word may end after the audio
 MAX_DURATION = np.iinfo(np.uint16).max
 
@@ -95,6 +95,30 @@ class Utterance:
         return values
 
 
+def word_units(utterance: Utterance, unit_rate_hz: float) -> np.ndarray:
+    """Where the units of each word begin: word w has units `bounds[w]:bounds[w + 1]`.
+
+    The speech of a word is the units whose first frame lies after the previous word's end and up to its own
+    end. Units after the last word's end belong to the last word, so every unit belongs to exactly one word; a
+    word may have none.
+
+    Args:
+        utterance: an utterance with both halves.
+        unit_rate_hz: frames per second of the speech tokenizer.
+
+    Returns:
+        Bounds (num_words + 1,).
+    """
+    durations = utterance.array("unit_durations").astype(np.int64)
+    ends_s = utterance.array("word_ends_s").astype(np.float32)
+    # In the precision of the stored times: a unit that starts just at a word's end is that word's.
+    starts_s = ((np.cumsum(durations) - durations) / unit_rate_hz).astype(np.float32)
+    bounds = np.zeros(len(ends_s) + 1, dtype=np.int64)
+    bounds[1:-1] = starts_s.searchsorted(ends_s[:-1], side="right")
+    bounds[-1] = len(durations)
+    return bounds
+
+
 @dataclass(frozen=True)
 class StoreMetadata:
     """What the numbers in a store mean; kept in the schema metadata of every shard.
@@ -132,8 +156,8 @@ class StoreMetadata:
         """Number of different units, None in a store without speech."""
         return None if self.speech_tokenizer is None else int(self.speech_tokenizer["num_units"])
 
-    def to_schema(self) -> pa.Schema:
-        """The store's schema with this metadata."""
+    def to_schema(self, columns: pa.Schema) -> pa.Schema:
+        """The schema of a shard with these columns, with this metadata."""
         fields = {
             "format_version": FORMAT_VERSION,
             "text_tokenizer_fingerprint": self.text_tokenizer_fingerprint,
@@ -142,20 +166,20 @@ class StoreMetadata:
             "num_units": self.num_units,
             "speech_tokenizer": self.speech_tokenizer,
         }
-        return SCHEMA.with_metadata(
+        return columns.with_metadata(
             {f"smoltolk.{key}": json.dumps(value, sort_keys=True) for key, value in fields.items()}
         )
 
     @classmethod
-    def from_schema(cls, schema: pa.Schema, path: Path) -> "StoreMetadata":
-        """Read the metadata of a shard; `path` is named in errors."""
+    def from_schema(cls, schema: pa.Schema, path: Path, columns: pa.Schema) -> "StoreMetadata":
+        """Read the metadata of a shard that must have these columns; `path` is named in errors."""
         fields = {
             key.decode().removeprefix("smoltolk."): json.loads(value)
             for key, value in (schema.metadata or {}).items()
             if key.startswith(b"smoltolk.")
         }
         check_version(fields.get("format_version"), path)
-        if not schema.equals(SCHEMA):
+        if not schema.equals(columns):
             raise ValueError(f"{path} has other columns than a store's shard: prepare the store again")
         return cls(fields["text_tokenizer_fingerprint"], fields["speech_tokenizer"])
 

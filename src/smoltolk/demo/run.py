@@ -371,7 +371,7 @@ def _analyse(folder: Path, paths: dict[str, Path]) -> dict[str, Any]:
         mixture=TaskMixture(interleaved=1, speech=0, text=0),
         ids=model.ids,
         row_tokens=128,
-        policy=load_recipe(folder / "smoltolk.yaml").data.policy,
+        policy=load_recipe(folder / "smoltolk.yaml").data.policy.make(),
         split="validation",
     )
     weights = layer_weights(model, [source.batch(0, step, rows=16).input_ids for step in range(8)])

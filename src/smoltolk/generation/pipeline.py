@@ -102,7 +102,7 @@ class SmolTolkPipeline:
             model,
             AutoTokenizer.from_pretrained(folder),
             speech_tokenizer,
-            load_vocoder(vocoder, speech_tokenizer) if vocoder.is_dir() else None,
+            load_vocoder(vocoder, speech_tokenizer, device=device) if vocoder.is_dir() else None,
         )
 
     def __call__(

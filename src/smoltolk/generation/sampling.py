@@ -120,10 +120,15 @@ def run_length(input_ids: Tensor, ids: IdSpace) -> Tensor:
 
 
 def next_is_speech(input_ids: Tensor, ids: IdSpace) -> Tensor:
-    """Whether the next id of each row is speech, (batch, seen) → (batch,); a switch alone leads to speech."""
-    last = input_ids[:, -1]
-    before = input_ids[:, -2] if input_ids.shape[1] > 1 else torch.zeros_like(last)
-    return torch.where(last == ids.switch_id, before < ids.speech_offset, last >= ids.speech_offset)
+    """Whether the next id of each row is speech, (batch, seen) → (batch,); a switch alone leads to speech.
+
+    Bop and eop have no modality: `bop units eop switch` goes on in text.
+    """
+    was_speech = torch.zeros_like(input_ids[:, -1], dtype=torch.bool)
+    for token in input_ids[:, -3:].unbind(1):  # at most two control ids follow one another: eop, switch
+        is_control = (token >= ids.text_vocab_size) & (token < ids.speech_offset)
+        was_speech = torch.where(is_control, was_speech, token >= ids.speech_offset)
+    return was_speech ^ (input_ids[:, -1] == ids.switch_id)
 
 
 def check_prompt(prompt: Sequence[int], ids: IdSpace) -> None:
@@ -140,6 +145,8 @@ def check_prompt(prompt: Sequence[int], ids: IdSpace) -> None:
             if switched:
                 raise ValueError(f"the prompt has a second switch at token {place}: leave one of the two out")
             switched = True
+        elif token == ids.bop_id:  # nothing leads from one pair of prompt and answer to the next
+            was_speech, switched = None, False
         elif not ids.text_vocab_size <= token < ids.speech_offset:
             is_speech = token >= ids.speech_offset
             changes = was_speech is not None and is_speech != was_speech

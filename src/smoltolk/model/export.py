@@ -1,6 +1,5 @@
 """Export: a folder that any transformers loads, with the model's code and its card."""
 
-import inspect
 import json
 import os
 import shutil
@@ -17,7 +16,8 @@ from .modeling_smoltolk import SmolTolkForCausalLM
 
 RECORD_FILE = "training.json"
 COMPANIONS = ("speech_tokenizer", "vocoder")
-TRAVELLING = {"AutoConfig": SmolTolkConfig, "AutoModelForCausalLM": SmolTolkForCausalLM}
+AUTO_CLASSES = {"AutoConfig": SmolTolkConfig, "AutoModelForCausalLM": SmolTolkForCausalLM}
+CODE = ("configuration_smoltolk.py", "losses.py", "modeling_smoltolk.py")  # import nothing else of smoltolk
 
 
 def export_model(
@@ -29,7 +29,7 @@ def export_model(
 ) -> Path:
     """Makes a folder to share from a trained or imported model.
 
-    It holds the weights (safetensors), the two files of the model's code, so that
+    It holds the weights (safetensors), the files of the model's code, so that
     `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where smoltolk is not installed,
     the tokenizers and the vocoder if the source has them, and a model card. Of paths of the training recipe only
     the last part is kept.
@@ -52,12 +52,12 @@ def export_model(
         has_tokenizer = (source / "tokenizer_config.json").is_file()
         config: SmolTolkConfig = model.config  # type: ignore[assignment]
         config.auto_map = {
-            auto: f"{part.__module__.split('.')[-1]}.{part.__name__}" for auto, part in TRAVELLING.items()
+            auto: f"{part.__module__.split('.')[-1]}.{part.__name__}" for auto, part in AUTO_CLASSES.items()
         }
         config.lm_config._name_or_path = public_name(config.lm_config._name_or_path)
         model.save_pretrained(folder)
-        for part in TRAVELLING.values():
-            shutil.copy(inspect.getfile(part), folder)
+        for file in CODE:
+            shutil.copy(Path(__file__).with_name(file), folder)
         if has_tokenizer:
             AutoTokenizer.from_pretrained(source).save_pretrained(folder)
         for name in COMPANIONS:

@@ -37,6 +37,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
 from .configuration_smoltolk import SmolTolkConfig
+from .losses import head_loss, mean_entropy
 
 SUPPORTED_BACKBONES = (
     "gemma",
@@ -53,7 +54,6 @@ SUPPORTED_BACKBONES = (
     "qwen3",
     "smollm3",
 )
-LOGITS_PER_CHUNK = 2**23  # of a head, in training: 32 MiB in float32
 
 
 @dataclass
@@ -159,8 +159,10 @@ class Adapter(nn.Module):
         takes_layer_type = "layer_type" in inspect.signature(rotary_class.forward).parameters
         self.rotary_arguments = {"layer_type": "full_attention"} if takes_layer_type else {}
 
-    def forward(self, hidden: Tensor, attention_mask: Any, position_ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """(batch, seq, dim) → (batch, seq, dim); the mask is what the configured attention takes."""
+    def forward(
+        self, hidden: Tensor, attention_mask: Any, position_ids: Tensor, cache: Cache | None = None, **kwargs: Any
+    ) -> Tensor:
+        """(batch, seq, dim) → (batch, seq, dim); mask and further arguments are what the configured attention takes."""
         if self.rotary_emb is None:
             return hidden
         attention = {
@@ -168,6 +170,7 @@ class Adapter(nn.Module):
             "position_ids": position_ids,
             "position_embeddings": self.rotary_emb(hidden, position_ids, **self.rotary_arguments),
             self.cache_argument: cache,
+            **kwargs,
         }
         for layer in self.layers:
             hidden = first(layer(hidden, **attention))
@@ -327,7 +330,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers; prompts are padded on the left.
 
         Raises:
-            ValueError: there is no prompt, or its mask has a hole or padding on the right.
+            ValueError: there is no prompt, its mask has a hole or padding on the right, or flex attention meets a
+                static cache.
         """
         prompt, mask = settings.get("input_ids") if inputs is None else inputs, settings.get("attention_mask")
         if prompt is None or not prompt.shape[1]:
@@ -336,6 +340,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             check_mask(mask)
             if not mask[:, -1].all():
                 raise ValueError("attention_mask ends in 0: pad prompts on the left, so that all end at the same place")
+        if settings.get("cache_implementation") == "static" and "flex" in self.lm.config._attn_implementation:
+            raise ValueError("cache_implementation is 'static', which takes no flex attention: set sdpa attention")
         return super().generate(inputs, *arguments, **settings)  # type: ignore[misc]
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
@@ -352,19 +358,25 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _share_attn_implementation(self) -> None:
         """Gives the adapters the backbone's kind of attention."""
+        self.output_adapter.config._attn_implementation = self.lm.config._attn_implementation
+        self.input_adapter.config._attn_implementation = self._input_attention(uses_mask=False)
+
+    def _input_attention(self, *, uses_mask: bool) -> str:
+        """Attention of the input adapter: flash takes no masks, and for short segments SDPA is as quick as flex."""
         kind = self.lm.config._attn_implementation
-        self.output_adapter.config._attn_implementation = kind
-        # The input adapter's segments need padding at most, which SDPA is as quick with as any other.
-        needs_eager = kind == "eager" or not self.lm._supports_sdpa
-        self.input_adapter.config._attn_implementation = "eager" if needs_eager else "sdpa"
+        if "flash" in kind and not uses_mask:
+            return kind
+        return "eager" if kind == "eager" or not self.lm._supports_sdpa else "sdpa"
 
     def compile_layers(self, **options: Any) -> None:
         """Compiles every decoder layer of the backbone and the adapters, in place (`torch.compile`'s options).
 
         Layers of a stack share their code, so that it is compiled once. What reads their outputs stays outside.
         """
-        for layer in chain(self.body.layers, self.output_adapter.layers, self.input_adapter.layers):
+        for layer in chain(self.body.layers, self.output_adapter.layers):
             layer.forward = torch.compile(layer.forward, **options)
+        for layer in self.input_adapter.layers:  # its batches differ in number and length of segments
+            layer.forward = torch.compile(layer.forward, **{"dynamic": True} | options)
 
     def forward(
         self,
@@ -519,17 +531,43 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         """Late fusion: speech goes through the input adapter, segment by segment; all else passes by."""
         if not len(self.input_adapter.layers):
             return embeds
-        if cache is None:
+        self.input_adapter.config._attn_implementation = self._input_attention(uses_mask=cache is not None)
+        if cache is not None:
+            return self._fuse_cached(embeds, is_speech, cache)
+        if "flash" in self.input_adapter.config._attn_implementation:
             return self._fuse_packed(embeds, is_speech, is_first)
-        return self._fuse_cached(embeds, is_speech, cache)
+        return self._fuse_padded(embeds, is_speech, is_first)
 
     def _fuse_packed(self, embeds: Tensor, is_speech: Tensor, is_first: Tensor) -> Tensor:
+        """Runs the adapter on speech positions only, all segments in one row without padding (flash attention)."""
+        start, length = speech_segments(is_speech, is_first)  # (segments,), (segments,)
+        flat = embeds.flatten(0, 1)  # (batch · seq, dim)
+        position = is_speech.flatten().nonzero()[:, 0]  # of speech in it, segment after segment
+        if not len(length):  # every parameter keeps a gradient, also with text alone
+            length, position = length.new_ones(1), position.new_zeros(1)
+            start = position
+        offset = position - start.repeat_interleave(length)
+        bounds = F.pad(length.cumsum(0), (1, 0)).to(torch.int32)
+        longest = int(length.max())
+        composed = self.input_adapter(
+            flat[position][None],
+            None,
+            offset[None],
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            max_length_q=longest,
+            max_length_k=longest,
+        )
+        composed = torch.where(is_speech.flatten()[position, None], composed[0].to(flat.dtype), flat[position])
+        return flat.index_put((position,), composed).view_as(embeds)
+
+    def _fuse_padded(self, embeds: Tensor, is_speech: Tensor, is_first: Tensor) -> Tensor:
         """Runs the adapter on speech positions only, segments of like length side by side."""
         flat, fused = embeds.flatten(0, 1), embeds.flatten(0, 1).clone()  # (batch · seq, dim)
         # Sharded ranks gather weights together: each must call the adapter as often as any other, once.
         in_step = torch.distributed.is_available() and torch.distributed.is_initialized()
-        segments = speech_segments(is_speech, is_first, in_one_group=in_step)
-        for start, length, longest in segments:  # (segments,), (segments,), int
+        groups = of_like_length(*speech_segments(is_speech, is_first), in_one_group=in_step)
+        for start, length, longest in groups:  # (segments,), (segments,), int
             offset = torch.arange(longest, device=embeds.device)
             inside = offset < length[:, None]  # (segments, longest)
             position = (start[:, None] + offset).clamp(max=len(flat) - 1)
@@ -539,7 +577,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
                 offset[None],
             )
             fused = fused.index_put((position[inside],), composed[inside].to(fused.dtype))
-        if not segments and (self.training or in_step):  # every parameter keeps a gradient, also with text alone
+        if not groups and (self.training or in_step):  # every parameter keeps a gradient, also with text alone
             zero = torch.zeros(1, 1, dtype=torch.long, device=embeds.device)
             fused = fused + 0.0 * self.input_adapter(flat[None, :1], None, zero).sum()
         return fused.view_as(embeds)
@@ -795,113 +833,6 @@ def mix(levels: Sequence[Tensor], weights: Tensor) -> Tensor:
     return mixed
 
 
-class HeadLoss(torch.autograd.Function):
-    """Cross-entropy under a linear head, in chunks of rows: neither logits nor their gradient are ever held whole.
-
-    The gradient is made in the forward pass, while a chunk's logits are there, and scaled in the backward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        more: Tensor | None,
-        scale: float,
-        cap: float | None,
-        needs_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """(rows, dim), (vocab, dim), (rows,), (rows,) → summed loss (), losses (rows,), both float32."""
-        losses = torch.empty(len(hidden), device=hidden.device)
-        needs_hidden, needs_weight, _, needs_more = (n and needs_gradient for n in ctx.needs_input_grad[:4])
-        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        more_gradient = torch.empty_like(more, dtype=torch.float32) if more is not None and needs_more else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        rows_per_chunk = max(1, LOGITS_PER_CHUNK // len(weight))
-        for start in range(0, len(hidden), rows_per_chunk):
-            chunk = slice(start, start + rows_per_chunk)
-            logits = F.linear(hidden[chunk].to(weight.dtype), weight).float()  # (chunk, vocab)
-            if scale != 1:
-                logits *= scale
-            slope: Tensor | float = scale
-            if cap is not None:
-                logits = cap * torch.tanh(logits / cap)
-                slope = scale * (1 - (logits / cap).square())
-            if more is not None:
-                logits = torch.cat([logits, more[chunk, None].float()], 1)  # (chunk, vocab + 1)
-            picked = logits.gather(1, target[chunk, None])[:, 0]
-            total = logits.logsumexp(1)
-            losses[chunk] = total - picked
-            if not needs_hidden and not needs_weight and not needs_more:
-                continue
-            gradient = logits.sub_(total[:, None]).exp_()  # softmax, (chunk, vocab)
-            gradient.scatter_add_(1, target[chunk, None], gradient.new_full((len(gradient), 1), -1.0))
-            if more is not None:
-                if more_gradient is not None:
-                    more_gradient[chunk] = gradient[:, -1]
-                gradient = gradient[:, :-1]
-            if isinstance(slope, Tensor) or slope != 1:
-                gradient = gradient * slope
-            gradient = gradient.to(weight.dtype)
-            if hidden_gradient is not None:
-                hidden_gradient[chunk] = (gradient @ weight).to(hidden.dtype)
-            if weight_gradient is not None:
-                some = hidden[chunk].to(weight.dtype)
-                if weight.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
-                    weight_gradient += gradient.T @ some
-                else:  # without another tensor of the weight's size
-                    weight_gradient.addmm_(gradient.T, some)
-        ctx.gradients = (
-            hidden_gradient,
-            None if weight_gradient is None else weight_gradient.to(weight.dtype),
-            None,
-            None if more is None or more_gradient is None else more_gradient.to(more.dtype),
-        )
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
-
-    @staticmethod
-    def backward(ctx: Any, sum_gradient: Tensor, losses_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales the gradient of the forward pass, in place: it can be taken once."""
-        if ctx.gradients is None:
-            raise RuntimeError("the gradient of this loss was taken before: call the model again")
-        gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(sum_gradient.to(g.dtype)) for g in gradients), *[None] * 3)
-
-
-def head_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    more: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    cap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of targets under a linear head whose logits are scaled, then capped softly.
-
-    Args:
-        hidden: what the head reads, (rows, dim).
-        weight: the head's weight, (vocab, dim).
-        target: ids, (rows,).
-        more: the logit of one more id than the head has, `vocab`, (rows,); neither scaled nor capped.
-        scale: factor of the logits.
-        cap: bound of the logits, reached through tanh.
-
-    Returns:
-        Summed loss (), and each row's own (rows,) without gradient; float32.
-    """
-    return HeadLoss.apply(hidden, weight, target, more, scale, cap, torch.is_grad_enabled())
-
-
-def mean_entropy(weights: Tensor, is_real: Tensor) -> Tensor:
-    """Mean entropy in nats of distributions (batch, seq, L) over the real positions (batch, seq)."""
-    # Clamped: the slope of p log p at 0 is infinite, and softmax would make it NaN.
-    entropy = -(weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).sum(-1)
-    return (entropy * is_real).sum() / is_real.sum()
-
-
 def default_positions(input_ids: Tensor, attention_mask: Tensor | None, num_seen: int) -> Tensor:
     """Positions that count real tokens only, (batch or 1, seq)."""
     length = input_ids.shape[1]
@@ -910,32 +841,35 @@ def default_positions(input_ids: Tensor, attention_mask: Tensor | None, num_seen
     return torch.arange(num_seen, num_seen + length, device=input_ids.device)[None]
 
 
-def speech_segments(
-    is_speech: Tensor, is_first: Tensor, *, in_one_group: bool = False
-) -> list[tuple[Tensor, Tensor, int]]:
-    """Maximal runs of speech in (batch, seq), grouped by like length.
+def speech_segments(is_speech: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximal runs of speech.
 
     Args:
         is_speech: which positions are speech, (batch, seq).
         is_first: where a document begins within a row, (batch, seq); a run ends before it.
-        in_one_group: whether all are one group, however long.
 
     Returns:
-        Groups of (start in the flattened batch, length, longest length): padding a group to its longest
-        segment at most doubles it, and groups shorter than 32 are one.
+        Start in the flattened batch, and length, both (segments,).
     """
     padded = F.pad(is_speech, (1, 1))
     begins, ends = is_first | ~padded[:, :-2], F.pad(is_first[:, 1:], (0, 1)) | ~padded[:, 2:]
     rises = (is_speech & begins).flatten().nonzero()[:, 0]  # first positions
     falls = (is_speech & ends).flatten().nonzero()[:, 0]  # last positions
-    lengths = falls - rises + 1
+    return rises, falls - rises + 1
+
+
+def of_like_length(start: Tensor, length: Tensor, *, in_one_group: bool = False) -> list[tuple[Tensor, Tensor, int]]:
+    """Segments, both (segments,), in groups of (start, length, longest length), or all in one group.
+
+    Padding a group to its longest segment at most doubles it, and segments shorter than 32 are one group.
+    """
     groups = []
-    longest = int(lengths.max()) if len(lengths) else 0
+    longest = int(length.max()) if len(length) else 0
     limit, covered = longest if in_one_group else 32, 0
     while covered < longest:
-        chosen = (lengths > covered) & (lengths <= limit)
+        chosen = (length > covered) & (length <= limit)
         if chosen.any():
-            groups.append((rises[chosen], lengths[chosen], int(lengths[chosen].max())))
+            groups.append((start[chosen], length[chosen], int(length[chosen].max())))
         covered, limit = limit, 2 * limit
     return groups
 

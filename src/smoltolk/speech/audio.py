@@ -1,19 +1,30 @@
 """Audio in and out: one loader for files, bytes and arrays that lets no broken audio pass in silence."""
 
 import io
+import mmap
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
+
+from smoltolk.speech.containers import FORMATS, container_fault, mp3_fault
 
 _MIN_SECONDS = 0.1
 _SILENCE_PEAK = 1e-4
 _MAX_PEAK = 10.0  # decoders overshoot 1 a little; integers kept as floats exceed it by far
 _CANCELLATION = 0.05  # a mix this much weaker (RMS) than its strongest channel has cancelled itself out
 _MAX_CHANNELS = 16
-_UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # what programs write to a header when they stream
+_SAMPLE_RATES_HZ = (4_000, 768_000)  # others come from broken headers; resampling from them would fill the memory
+_MAX_SECONDS = 4 * 3600.0
+_MAX_SAMPLES = 1 << 28  # of all channels: 1 GiB as float32, of which a few copies are made
+_TOO_LONG = "too long to hold in memory: read it in pieces (stream_audio), or cut it"
+_UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's, of a FLAC file that was written to a pipe
 
 
 class AudioError(ValueError):
@@ -29,8 +40,8 @@ def load_audio(
 
     Args:
         source: a path, the bytes of a file, or an array (samples,) or (samples, channels) of floats in −1 … 1
-            or of int16. Files are told apart by content, not by name: WAV, FLAC, OGG, MP3, AIFF and what
-            else libsndfile reads.
+            or of int16. Files are told apart by content, not by name: WAV (RF64 and W64 too), FLAC, OGG, MP3,
+            AIFF, AU, CAF and NIST SPHERE.
         sample_rate_hz: wanted sampling rate.
         source_rate_hz: sampling rate of an array; files bring their own.
 
@@ -39,33 +50,56 @@ def load_audio(
 
     Raises:
         AudioError: the file is missing, is no audio or is truncated or broken; the audio is empty, silent,
-            shorter than 0.1 s, out of range or holds NaN; or the array has an unfit type or shape.
+            shorter than 0.1 s, longer than memory should hold (4 h, or 2^28 samples), out of range or holds NaN;
+            or the array has an unfit type or shape.
     """
     if isinstance(source, np.ndarray):
         name = f"audio array {source.shape}"
         channels, rate_hz = _from_array(source, source_rate_hz, name)
     else:
         data, name = _read_bytes(source)
-        _refuse_truncated(data, name)
         channels, rate_hz = _decode(data, name)
 
-    if not len(channels):
-        raise AudioError(f"{name} has no samples: leave it out or record it again")
-    if not np.isfinite(channels).all():
-        raise AudioError(f"{name} has NaN or infinite samples: repair it or leave it out")
-    seconds = len(channels) / rate_hz
-    if seconds < _MIN_SECONDS:
-        raise AudioError(f"{name} lasts {seconds:.3f} s, less than {_MIN_SECONDS} s: leave it out")
-    peak = np.abs(channels).max()
-    if peak < _SILENCE_PEAK:
-        raise AudioError(f"{name} is silent (peak {peak:.1e}): leave it out or record it again")
-    if peak > _MAX_PEAK:
-        raise AudioError(f"{name} has samples up to {peak:.0f}: scale it to −1 … 1")
-
-    audio = _mix_down(channels)
+    survey = _Survey(channels.shape[1], rate_hz)
+    survey.add(channels)
+    survey.refuse_unusable(name)
+    audio = survey.mix_down(channels)
     if rate_hz != sample_rate_hz:
         audio = soxr.resample(audio, rate_hz, sample_rate_hz)
     return np.ascontiguousarray(audio, dtype=np.float32)
+
+
+def stream_audio(path: str | Path, *, sample_rate_hz: int, block_s: float = 10.0) -> Iterator[np.ndarray]:
+    """Read an audio file of any length in blocks; together they are what `load_audio` returns.
+
+    The file is decoded twice, which takes the memory of a few blocks. The first time, before this returns, it is
+    checked and its channels are weighed as a whole, so that nothing is given out of a file that cannot be used.
+
+    Args:
+        path: the file.
+        sample_rate_hz: wanted sampling rate.
+        block_s: length of a block before it is resampled.
+
+    Returns:
+        Iterator over blocks of one channel, float32 (samples,), none of them empty.
+
+    Raises:
+        AudioError: as `load_audio`, but for length; while iterating, if the file has changed since it was checked.
+        ValueError: `block_s` is not above 0.
+    """
+    if block_s <= 0:
+        raise ValueError(f"block_s is {block_s}: give a length above 0")
+    name = str(path)
+    with _open(Path(path)) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        _refuse(container_fault(data), name)
+        survey = None
+        for channels, rate_hz in _decode_blocks(path, block_s):
+            survey = survey or _Survey(channels.shape[1], rate_hz)
+            survey.add(channels)
+        survey = survey or _Survey(num_channels=1, rate_hz=sample_rate_hz)
+        _refuse(mp3_fault(data, survey.num_samples), name)
+    survey.refuse_unusable(name)
+    return _resampled_blocks(path, survey, sample_rate_hz, block_s)
 
 
 def save_wav(path: str | Path, audio: np.ndarray, sample_rate_hz: int) -> None:
@@ -104,53 +138,119 @@ def _read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
     """Content and name of a file."""
     if isinstance(source, bytes):
         name = f"audio of {len(source)} bytes"
+        if not source:
+            raise AudioError(f"{name} is empty: leave it out or copy it again")
     else:
-        path = Path(source)
-        name = str(path)
-        if path.is_dir():
-            raise AudioError(f"{name} is a folder: give an audio file in it")
-        try:
-            source = path.read_bytes()
-        except OSError as error:
-            raise AudioError(f"{name} cannot be read ({error.strerror}): correct the path") from error
-    if not source:
-        raise AudioError(f"{name} is empty: leave it out or copy it again")
+        name = str(source)
+        with _open(Path(source)) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes > 4 * _MAX_SAMPLES:
+                raise AudioError(f"{name} has {num_bytes / 1e9:.1f} GB, {_TOO_LONG}")
+            source = file.read()
     return source, name
 
 
-def _refuse_truncated(data: bytes, name: str) -> None:
-    """Compare the sample chunk of a WAV or AIFF file with its size: libsndfile reads what is there."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        samples_chunk, is_little_endian = b"data", True
-    elif data[:4] == b"FORM" and data[8:12] in (b"AIFF", b"AIFC"):
-        samples_chunk, is_little_endian = b"SSND", False
-    else:
-        return
-    start = 12
-    while start + 8 <= len(data):
-        size = int.from_bytes(data[start + 4 : start + 8], "little" if is_little_endian else "big")
-        if data[start : start + 4] == samples_chunk:
-            missing = start + 8 + size - len(data)
-            if size not in _UNKNOWN_SIZES and missing > 0:
-                raise AudioError(f"{name} is truncated ({missing} bytes are missing): copy it again")
-            return
-        start += 8 + size + size % 2  # chunks start at even bytes
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """A regular file that is there and not empty."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise AudioError(f"{path} is a folder: give an audio file in it")
+        if not stat.S_ISREG(mode):  # opening a pipe could wait for ever, a device never end
+            raise AudioError(f"{path} is a pipe or a device: save the audio to a file first")
+        file = open(path, "rb")  # noqa: SIM115, closed below: the error is said of opening alone
+    except OSError as error:
+        raise AudioError(f"{path} cannot be read ({error.strerror}): correct the path") from error
+    with file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise AudioError(f"{path} is empty: leave it out or copy it again")
+        yield file
+
+
+def _refuse(fault: str | None, name: str) -> None:
+    if fault:
+        raise AudioError(f"{name} {fault}")
 
 
 def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
     """Samples, float32 (samples, channels), and sampling rate of a file."""
+    _refuse(container_fault(data), name)
+    with _decoding(name), soundfile.SoundFile(io.BytesIO(data)) as file:
+        _refuse_header(file, name)
+        seconds = file.frames / file.samplerate
+        if seconds > _MAX_SECONDS or file.frames * file.channels > _MAX_SAMPLES:
+            raise AudioError(f"{name} lasts {seconds / 3600:.1f} h in {file.channels} channels, {_TOO_LONG}")
+        channels = file.read(file.frames, dtype="float32", always_2d=True)
+        num_promised, rate_hz = file.frames, file.samplerate
+    _refuse_missing(len(channels), num_promised, name)
+    _refuse(mp3_fault(data, len(channels)), name)
+    return channels, rate_hz
+
+
+def _decode_blocks(path: str | Path, block_s: float) -> Iterator[tuple[np.ndarray, int]]:
+    """Samples, float32 (samples, channels), and sampling rate of each block of a file; none of them empty."""
+    name, num_samples = str(path), 0
+    # A descriptor has no name that libsndfile could take for the format.
+    with _open(Path(path)) as opened, _decoding(name), soundfile.SoundFile(opened.fileno(), closefd=False) as file:
+        _refuse_header(file, name)
+        block_samples = max(1, round(block_s * file.samplerate))
+        while len(channels := file.read(block_samples, dtype="float32", always_2d=True)):
+            num_samples += len(channels)
+            yield channels, file.samplerate
+        num_promised = file.frames
+    _refuse_missing(num_samples, num_promised, name)
+
+
+def _resampled_blocks(path: str | Path, survey: "_Survey", sample_rate_hz: int, block_s: float) -> Iterator[np.ndarray]:
+    resampler, num_samples = None, 0
+    for channels, rate_hz in _decode_blocks(path, block_s):
+        num_samples += len(channels)
+        if channels.shape[1] != len(survey.energies) or num_samples > survey.num_samples:
+            break
+        audio = np.ascontiguousarray(survey.mix_down(channels), dtype=np.float32)
+        if rate_hz != sample_rate_hz:
+            resampler = resampler or soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32")
+            audio = resampler.resample_chunk(audio, last=num_samples == survey.num_samples)
+        if len(audio):
+            yield audio
+    if num_samples != survey.num_samples:
+        raise AudioError(f"{path} has changed while it was read: read it again when it is whole")
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Says of what libsndfile refuses which file it is, and what to do."""
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            channels = file.read(dtype="float32", always_2d=True)
-            num_promised, rate_hz = file.frames, file.samplerate
+        yield
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{name} cannot be decoded ({error.error_string}): it is broken or no audio; copy it again or "
             "convert it to WAV"
         ) from error
-    if len(channels) < num_promised:
-        raise AudioError(f"{name} is broken: {len(channels)} of {num_promised} samples can be decoded; copy it again")
-    return channels, rate_hz
+
+
+def _refuse_header(file: soundfile.SoundFile, name: str) -> None:
+    """Refuse what a header says before anything is decoded."""
+    if file.format not in FORMATS:
+        raise AudioError(
+            f"{name} is a {file.format} file, in which a cut one cannot be told from a whole one: convert it to WAV"
+        )
+    lowest, highest = _SAMPLE_RATES_HZ
+    if not lowest <= file.samplerate <= highest:
+        raise AudioError(
+            f"{name} has a sampling rate of {file.samplerate} Hz, outside of {lowest} … {highest}: its header is "
+            "wrong; convert it again"
+        )
+    if file.channels > _MAX_CHANNELS:
+        raise AudioError(f"{name} has {file.channels} channels, more than {_MAX_CHANNELS}: keep the one that speaks")
+    if file.frames == _UNKNOWN_FRAMES:
+        raise AudioError(f"{name} does not say how long it is, it was written to a pipe: convert it again")
+
+
+def _refuse_missing(num_samples: int, num_promised: int, name: str) -> None:
+    if num_samples < num_promised:
+        raise AudioError(f"{name} is broken: {num_samples} of {num_promised} samples can be decoded; copy it again")
 
 
 def _from_array(array: np.ndarray, rate_hz: int | None, name: str) -> tuple[np.ndarray, int]:
@@ -168,10 +268,43 @@ def _from_array(array: np.ndarray, rate_hz: int | None, name: str) -> tuple[np.n
     return array.astype(np.float32), rate_hz
 
 
-def _mix_down(channels: np.ndarray) -> np.ndarray:
-    """One channel (samples,) of (samples, channels)."""
-    mix = channels.mean(axis=1)
-    powers = np.square(channels, dtype=np.float64).mean(axis=0)
-    if np.square(mix, dtype=np.float64).mean() < _CANCELLATION**2 * powers.max():
-        return channels[:, powers.argmax()]
-    return mix
+class _Survey:
+    """What the samples of a file are like as a whole."""
+
+    def __init__(self, num_channels: int, rate_hz: int) -> None:
+        self.rate_hz = rate_hz
+        self.num_samples = 0
+        self.is_finite = True
+        self.peak = 0.0
+        self.energies = np.zeros(num_channels)  # of each channel
+        self.mix_energy = 0.0
+
+    def add(self, channels: np.ndarray) -> None:
+        """Take in samples, float32 (samples, channels)."""
+        self.num_samples += len(channels)
+        self.is_finite = self.is_finite and bool(np.isfinite(channels).all())
+        if not self.is_finite or not len(channels):
+            return
+        self.peak = max(self.peak, float(np.abs(channels).max()))
+        self.energies += np.square(channels, dtype=np.float64).sum(axis=0)
+        self.mix_energy += float(np.square(channels.mean(axis=1), dtype=np.float64).sum())
+
+    def refuse_unusable(self, name: str) -> None:
+        """Raise for audio that is empty, not finite, too short, silent or too loud."""
+        if not self.num_samples:
+            raise AudioError(f"{name} has no samples: leave it out or record it again")
+        if not self.is_finite:
+            raise AudioError(f"{name} has NaN or infinite samples: repair it or leave it out")
+        seconds = self.num_samples / self.rate_hz
+        if seconds < _MIN_SECONDS:
+            raise AudioError(f"{name} lasts {seconds:.3f} s, less than {_MIN_SECONDS} s: leave it out")
+        if self.peak < _SILENCE_PEAK:
+            raise AudioError(f"{name} is silent (peak {self.peak:.1e}): leave it out or record it again")
+        if self.peak > _MAX_PEAK:
+            raise AudioError(f"{name} has samples up to {self.peak:.0f}: scale it to −1 … 1")
+
+    def mix_down(self, channels: np.ndarray) -> np.ndarray:
+        """One channel (samples,) of some of the samples (samples, channels)."""
+        if self.mix_energy < _CANCELLATION**2 * self.energies.max():
+            return channels[:, self.energies.argmax()]
+        return channels.mean(axis=1)

@@ -31,6 +31,7 @@ _WIDTH = 192
 _NUM_LAYERS = 3
 _KERNEL_FRAMES = 5
 _NUM_BANDS = 80
+_MEL_HOP_S = 0.01  # about; tokenizers with longer frames get several log-mel frames for each of theirs
 _WINDOW_S = 0.05  # two or more periods of any voice, so that its harmonics can be told apart
 _POWER_FLOOR = 1e-4
 _GRIFFIN_LIM_ITERATIONS = 32
@@ -43,10 +44,21 @@ _LEARNING_RATE = 2e-3
 
 @dataclass(frozen=True)
 class _Card:
+    """What a saved vocoder says of itself.
+
+    Args:
+        tokenizer_fingerprint: fingerprint of the tokenizer.
+        num_units: number of different units.
+        sample_rate_hz: sampling rate of the audio.
+        hop_samples: samples of one frame of the tokenizer.
+        mels_per_frame: log-mel frames in one frame of the tokenizer.
+    """
+
     tokenizer_fingerprint: str
     num_units: int
     sample_rate_hz: int
     hop_samples: int
+    mels_per_frame: int = 1
 
 
 class MelVocoder(Vocoder):
@@ -62,7 +74,7 @@ class MelVocoder(Vocoder):
         self._decoder = _UnitDecoder(card.num_units)
         self._log_mel = LogMel(
             sample_rate_hz=card.sample_rate_hz,
-            hop_samples=card.hop_samples,
+            hop_samples=card.hop_samples // card.mels_per_frame,
             window_samples=round(_WINDOW_S * card.sample_rate_hz),
             num_bands=_NUM_BANDS,
             power_floor=_POWER_FLOOR,
@@ -90,17 +102,21 @@ class MelVocoder(Vocoder):
         Raises:
             ValueError: there are no pairs, a unit is out of range, or units and audio differ in length.
         """
-        hop_samples = round(tokenizer.sample_rate_hz / tokenizer.unit_rate_hz)
-        vocoder = cls(_Card(tokenizer.fingerprint, tokenizer.num_units, tokenizer.sample_rate_hz, hop_samples))
+        rate_hz = tokenizer.sample_rate_hz
+        hop_samples = round(rate_hz / tokenizer.unit_rate_hz)
+        vocoder = cls(
+            _Card(
+                tokenizer.fingerprint,
+                tokenizer.num_units,
+                rate_hz,
+                hop_samples,
+                _mels_per_frame(hop_samples, rate_hz),
+            )
+        )
         inputs, mels = [], []
         for units, audio in pairs:
-            mel = vocoder._log_mel(audio)
-            if units.durations.sum() != len(mel):
-                raise ValueError(
-                    f"units last {units.durations.sum()} frames, but the audio {len(mel)}: encode this audio again"
-                )
             inputs.append(vocoder._unit_inputs(units.units, units.durations))
-            mels.append(torch.from_numpy(mel))
+            mels.append(torch.from_numpy(vocoder._mel_of_units(audio, units)))
         if not mels:
             raise ValueError("pairs is empty: give units and audio of at least one utterance")
         with torch.random.fork_rng(devices=[]):
@@ -113,7 +129,8 @@ class MelVocoder(Vocoder):
     def predict_durations(self, units: np.ndarray) -> np.ndarray:
         """Typical duration of each unit (num_units_in_utterance,) in frames, given its neighbours."""
         ids = self._unit_inputs(units, np.ones(len(units), np.int64)).contexts
-        return self._decoder.log_durations(ids).exp().round().clamp_min(1).to(torch.int64).numpy()
+        mel_frames = self._decoder.log_durations(ids).exp()
+        return (mel_frames / self._card.mels_per_frame).round().clamp_min(1).to(torch.int64).numpy()
 
     @torch.inference_mode()
     def decode(self, units: np.ndarray, durations: np.ndarray | None = None) -> np.ndarray:
@@ -134,7 +151,7 @@ class MelVocoder(Vocoder):
         mel = self._decoder(self._unit_inputs(units, durations)).numpy()  # (num_frames, num_bands)
         # Least squares, cut off at zero: mel bands overlap, so that some powers would come out negative.
         power = np.maximum(np.linalg.pinv(self._log_mel.filters) @ np.exp(mel.T), 0)
-        hop_samples = self._card.hop_samples
+        hop_samples = self._log_mel.hop_samples
         margin = math.ceil(self._log_mel.window_samples / hop_samples / 2)  # frames of silence on both sides
         audio = librosa.griffinlim(
             np.pad(np.sqrt(power), ((0, 0), (margin, margin))),
@@ -216,16 +233,30 @@ class MelVocoder(Vocoder):
             raise ValueError(f"{folder} is not a whole vocoder ({error}): train or copy it again") from error
         return vocoder
 
-    def _unit_inputs(self, units: np.ndarray, durations: np.ndarray) -> "_UnitInputs":
-        if len(units) == 0:
-            raise ValueError("units is empty: give at least one unit")
-        if units.min() < 0 or units.max() >= self.num_units:
+    def _mel_of_units(self, audio: np.ndarray, units: Units) -> np.ndarray:
+        """Log-mel frames (num_mel_frames, num_bands) of the audio that the units come from."""
+        hop_samples, num_frames = self._card.hop_samples, int(units.durations.sum())
+        rest_samples = len(audio) - num_frames * hop_samples
+        # Some tokenizers fill up the last frame, some leave out a last one that is not whole with all its context.
+        if not -hop_samples < rest_samples < 2 * hop_samples:
             raise ValueError(
-                f"units run from {units.min()} to {units.max()}: this vocoder knows 0 to {self.num_units - 1}"
+                f"units last {num_frames} frames, but the audio {len(audio) / hop_samples:.1f}: encode this audio again"
             )
-        if durations.shape != units.shape or durations.min() < 1:
-            raise ValueError(f"durations must be one number of frames, at least 1, for each of the {len(units)} units")
-        return _UnitInputs.build(units, durations, outside=self.num_units)
+        mel = self._log_mel(np.pad(audio, (0, max(0, -rest_samples))))
+        return mel[: num_frames * self._card.mels_per_frame]
+
+    def _unit_inputs(self, units: np.ndarray, durations: np.ndarray) -> "_UnitInputs":
+        self.check(units, durations)
+        return _UnitInputs.build(units, durations * self._card.mels_per_frame, outside=self.num_units)
+
+
+def _mels_per_frame(hop_samples: int, sample_rate_hz: int) -> int:
+    """How many log-mel frames of about 10 ms, a whole number of samples each, fill one frame of the tokenizer."""
+    wanted = hop_samples / (_MEL_HOP_S * sample_rate_hz)
+    return min(
+        (count for count in range(1, hop_samples + 1) if hop_samples % count == 0),
+        key=lambda count: abs(math.log(count / wanted)),
+    )
 
 
 @dataclass(frozen=True)
@@ -234,8 +265,8 @@ class _UnitInputs:
 
     Args:
         contexts: previous, this and next unit, int64 (num_units_in_utterance, 3).
-        log_durations: logarithm of the frames of each unit (num_units_in_utterance,).
-        unit_of_frame: index of the unit of each frame, int64 (num_frames,).
+        log_durations: logarithm of the log-mel frames of each unit (num_units_in_utterance,).
+        unit_of_frame: index of the unit of each log-mel frame, int64 (num_frames,).
         places: where a frame is in its unit (num_frames, 3): logarithms of the frames since its start and
             until its end, and of its duration.
     """

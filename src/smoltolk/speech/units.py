@@ -1,11 +1,14 @@
 """Speech tokenizers: audio to discrete units with durations.
 
-`smoltolk.speech.mel` has the one that needs no downloaded model.
+`smoltolk.speech.mel` has the one that needs no downloaded model, `smoltolk.speech.hubert` and
+`smoltolk.speech.mimi` those on a neural network.
 """
 
+import hashlib
 import json
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -77,6 +80,21 @@ class SpeechTokenizer(ABC):
         """
 
     @abstractmethod
+    def encode_stream(self, blocks: Iterable[np.ndarray]) -> Units:
+        """Units of one waveform of any length that comes in blocks, in memory that does not grow with it.
+
+        Args:
+            blocks: float32 (samples,) each, of any lengths; `smoltolk.speech.audio.stream_audio` gives those of a
+                file.
+
+        Returns:
+            The same units as `encode` gives for the blocks put together, wherever their borders are.
+
+        Raises:
+            ValueError: the waveform is shorter than one frame, or a block is not finite or of the wrong shape.
+        """
+
+    @abstractmethod
     def save(self, path: str | Path) -> None:
         """Write the tokenizer to a folder that `load_speech_tokenizer` reads."""
 
@@ -95,19 +113,40 @@ class SpeechTokenizer(ABC):
         }
 
 
-def load_speech_tokenizer(path: str | Path) -> SpeechTokenizer:
+def load_speech_tokenizer(
+    path: str | Path, *, device: str = "cpu", dtype: str = "float32", batch_size: int = 1
+) -> SpeechTokenizer:
     """Read a tokenizer of any kind from the folder that its `save` wrote.
 
-    Raises:
-        ValueError: the folder holds no tokenizer, one of unknown kind, or a damaged one.
-    """
-    from smoltolk.speech.mel import MelTokenizer  # here, since its file builds on this one
+    Args:
+        path: the folder.
+        device: where its network runs.
+        dtype: "float32", "bfloat16" or "float16", what the network computes in.
+        batch_size: full windows of long audio that the network computes at once; see
+            `smoltolk.speech.neural.NeuralTokenizer`.
 
-    kinds = {tokenizer.kind: tokenizer for tokenizer in (MelTokenizer,)}
+    Raises:
+        ValueError: the folder holds no tokenizer, one of unknown kind, or a damaged one; or a setting is unfit.
+    """
     kind = read_card(Path(path))["kind"]
-    if kind not in kinds:
-        raise ValueError(f"{path} holds a tokenizer of kind {kind!r}; this version knows {', '.join(kinds)}")
-    return kinds[kind].load(path)
+    if kind == "mel":
+        from smoltolk.speech.mel import MelTokenizer  # here, since these files build on this one
+
+        if (device, dtype, batch_size) != ("cpu", "float32", 1):
+            warnings.warn(
+                f"{path} holds a 'mel' tokenizer, which has no network: device, dtype and batch_size have no effect",
+                stacklevel=2,
+            )
+        return MelTokenizer.load(path)
+    if kind == "hubert":
+        from smoltolk.speech.hubert import HubertTokenizer
+
+        return HubertTokenizer.load(path, device=device, dtype=dtype, batch_size=batch_size)
+    if kind == "mimi":
+        from smoltolk.speech.mimi import MimiTokenizer
+
+        return MimiTokenizer.load(path, device=device, dtype=dtype, batch_size=batch_size)
+    raise ValueError(f"{path} holds a tokenizer of kind {kind!r}; this version knows mel, hubert, mimi")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -128,3 +167,34 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not isinstance(card, dict) or not {"kind", "fingerprint", "settings"} <= card.keys():
         raise ValueError(f"{file} is not the card of a speech tokenizer: fit or copy the tokenizer again")
     return card
+
+
+def fingerprint(kind: str, settings: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> str:
+    """Hash of what decides the units of a tokenizer; weights count in float32."""
+    digest = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name}{weight.shape}".encode())
+        digest.update(weight.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def refuse_mismatch(folder: Path, found: str, card: Mapping[str, Any]) -> None:
+    """Raise if the weights and settings in a tokenizer's folder do not have the fingerprint of its card."""
+    if found != card["fingerprint"]:
+        raise ValueError(
+            f"{folder}: weights and settings have fingerprint {found}, but {CARD_FILE} says {card['fingerprint']}: "
+            "one of the files was changed; fit or copy the tokenizer again"
+        )
+
+
+def check_block(block: np.ndarray) -> np.ndarray:
+    """A piece of a waveform, float32 (samples,).
+
+    Raises:
+        ValueError: it has another shape, or NaN or infinite samples.
+    """
+    if block.ndim != 1:
+        raise ValueError(f"audio has shape {block.shape}: give one channel, (samples,)")
+    if not np.isfinite(block).all():
+        raise ValueError("audio has NaN or infinite samples: repair it or leave it out")
+    return np.ascontiguousarray(block, dtype=np.float32)

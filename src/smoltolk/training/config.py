@@ -2,15 +2,15 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from smoltolk.data.dataset import TaskMixture
-from smoltolk.data.interleaving import SpanPolicy
+from smoltolk.data.dataset import TASKS, TaskMixture
+from smoltolk.data.policies import CoinPolicy, PoissonPolicy, Policy, SentencePolicy, SpanPolicy
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
@@ -36,6 +36,9 @@ class ModelSettings(Strict):
     num_output_adapter_layers: NotNegativeInt = 2
     layer_mixing: Literal["last", "static", "selected"] = "selected"
     selector_input: str | int = "static"
+    selector_hidden_size: PositiveInt | None = None
+    selector_level_size: PositiveInt | None = None
+    selector_level_hidden_size: PositiveInt | None = None
     speech_residual: bool = True
     tie_speech_embeddings: bool = True
     output_adapter_norm: bool = False
@@ -47,10 +50,60 @@ class ModelSettings(Strict):
 
 
 class StoreShare(Strict):
-    """A store and its share in a task."""
+    """A store and its share in a task: a number beside those of the other stores, or "size" for its utterances."""
 
     store: str
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | Literal["size"] = 1.0
+
+
+class PolicySettings(Strict):
+    """An interleaving policy: which one, and its own settings."""
+
+    makes: ClassVar[Callable[..., Policy]]
+
+    def make(self) -> Policy:
+        """The policy as the data side takes it."""
+        return type(self).makes(**self.model_dump(exclude={"kind"}))
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "PolicySettings":
+        self.make()  # its own checks are part of the recipe's
+        return self
+
+
+class AlternateSettings(PolicySettings):
+    """Runs of text and speech in turn, see `SpanPolicy`."""
+
+    makes = SpanPolicy
+    kind: Literal["alternate"] = "alternate"
+    text_words: tuple[int, int] = (10, 31)
+    speech_words: tuple[int, int] = (5, 16)
+
+
+class PoissonSettings(PolicySettings):
+    """Spans of Poisson length up to a share of the words, see `PoissonPolicy`."""
+
+    makes = PoissonPolicy
+    kind: Literal["poisson"]
+    mean_words: float = 10.0
+    share: float = 0.3
+    spans: Literal["speech", "text"] = "speech"
+
+
+class CoinSettings(PolicySettings):
+    """A coin for every word, see `CoinPolicy`."""
+
+    makes = CoinPolicy
+    kind: Literal["coin"]
+    speech_share: float = 0.5
+
+
+class SentenceSettings(PolicySettings):
+    """Changes at the ends of sentences, in turn or by a coin for each, see `SentencePolicy`."""
+
+    makes = SentencePolicy
+    kind: Literal["sentence"]
+    speech_share: float | None = None
 
 
 class DataSettings(Strict):
@@ -60,20 +113,38 @@ class DataSettings(Strict):
         interleaved: stores for rows of alternating text and speech.
         speech: stores for rows of speech alone.
         text: stores for rows of text alone.
-        text_words: fewest and most words of a text run (paper: 10 to 31).
-        speech_words: fewest and most words of a speech run (paper: 5 to 16).
+        transcription: stores for rows of pairs, speech and then its text.
+        synthesis: stores for rows of pairs, text and then its speech.
+        policy: which words of interleaved rows are text and which are speech. `text_words` and `speech_words` may
+            also stand here without it: they are those of the policy `alternate`.
     """
 
     interleaved: list[StoreShare] = []
     speech: list[StoreShare] = []
     text: list[StoreShare] = []
-    text_words: tuple[int, int] = (10, 31)
-    speech_words: tuple[int, int] = (5, 16)
+    transcription: list[StoreShare] = []
+    synthesis: list[StoreShare] = []
+    policy: Annotated[
+        AlternateSettings | PoissonSettings | CoinSettings | SentenceSettings, Field(discriminator="kind")
+    ] = AlternateSettings()
 
-    @property
-    def policy(self) -> SpanPolicy:
-        """The interleaving policy."""
-        return SpanPolicy(text_words=self.text_words, speech_words=self.speech_words)
+    @model_validator(mode="before")
+    @classmethod
+    def _put_words_into_policy(cls, settings: Any) -> Any:
+        words = {"text_words", "speech_words"} & set(settings) if isinstance(settings, dict) else set()
+        if not words:
+            return settings
+        if "policy" in settings:
+            raise ValueError(
+                f"{' and '.join(sorted(words))} stand beside policy: put them into the policy, or leave them"
+            )
+        rest = {key: value for key, value in settings.items() if key not in words}
+        return rest | {"policy": {"kind": "alternate", **{key: settings[key] for key in words}}}
+
+    def stores(self, task: str) -> list[StoreShare]:
+        """The stores of a task."""
+        shares: list[StoreShare] = getattr(self, task)
+        return shares
 
 
 class Mixture(Strict):
@@ -82,11 +153,13 @@ class Mixture(Strict):
     interleaved: NotNegativeFloat = 0.0
     speech: NotNegativeFloat = 0.0
     text: NotNegativeFloat = 0.0
+    transcription: NotNegativeFloat = 0.0
+    synthesis: NotNegativeFloat = 0.0
 
     @property
     def tasks(self) -> TaskMixture:
         """The mixture as the data side takes it."""
-        return TaskMixture(interleaved=self.interleaved, speech=self.speech, text=self.text)
+        return TaskMixture(**{task: getattr(self, task) for task in TASKS})
 
 
 class StageSettings(Strict):
@@ -162,6 +235,8 @@ class Recipe(Strict):
         precision: "bf16" computes in bfloat16 with float32 master weights, "fp32" in float32.
         device: where to train; "auto" takes the accelerator if there is one.
         num_threads: CPU threads of this process, None for torch's own choice.
+        loader_workers: processes that draw batches ahead, 0 to draw them in between; None takes 4 beside an
+            accelerator and 0 on a CPU. They change no batch.
         max_skipped_steps: stop when more steps than this had a loss or gradient that is not finite.
     """
 
@@ -181,6 +256,7 @@ class Recipe(Strict):
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     num_threads: PositiveInt | None = None
+    loader_workers: NotNegativeInt | None = None
     max_skipped_steps: NotNegativeInt = 20
 
     @field_validator("stages")
@@ -208,6 +284,7 @@ class Recipe(Strict):
                 "output",
                 "device",
                 "num_threads",
+                "loader_workers",
                 "compile",
                 "gradient_checkpointing",
                 "checkpoint",
@@ -235,11 +312,20 @@ class Recipe(Strict):
 def load_recipe(path: str | Path) -> Recipe:
     """Reads a YAML recipe.
 
+    A recipe that `extends` another, a path relative to its own, changes some of its settings: sections are merged
+    key by key, all else is replaced.
+
     Raises:
-        ValueError: the file is missing or not YAML, a key is unknown (the nearest known ones are named) or
-            a value is out of range.
+        ValueError: a file is missing or not YAML, recipes extend each other in a circle, a key is unknown (the
+            nearest known ones are named) or a value is out of range.
     """
-    path = Path(path)
+    return make_recipe(_read_settings(Path(path), ()), source=str(path))
+
+
+def _read_settings(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """Settings of a recipe file, with those of the recipe that it extends."""
+    if path.resolve() in extending:
+        raise ValueError(f"recipe {path} extends itself, by way of {len(extending)} files: remove one extends")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -248,7 +334,21 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {path} holds no settings: see the recipes folder for an example")
-    return make_recipe(settings, source=str(path))
+    base = settings.pop("extends", None)
+    if base is None:
+        return settings
+    if not isinstance(base, str):
+        raise ValueError(f"recipe {path}: extends is {base!r}: give the path of one recipe")
+    return merged(_read_settings(path.parent / base, (*extending, path.resolve())), settings)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings with some changed: sections key by key, all else as a whole."""
+    result = dict(base)
+    for key, value in changes.items():
+        known = result.get(key)
+        result[key] = merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return result
 
 
 def make_recipe(settings: dict[str, Any], source: str = "the recipe") -> Recipe:
@@ -262,22 +362,28 @@ def make_recipe(settings: dict[str, Any], source: str = "the recipe") -> Recipe:
 
 def _problems(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        location = problem["loc"]
+        # Pydantic names the kind of a policy after it; a recipe has no such level.
+        key = ".".join(str(part) for before, part in zip(("", *location), location, strict=False) if before != "policy")
         if problem["type"] == "extra_forbidden":
-            known = list(_settings_at(problem["loc"][:-1]))
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=3) or known
+            known = list(_settings_at(location[:-1]))
+            near = difflib.get_close_matches(str(location[-1]), known, n=3) or known
             yield f"{key}: unknown key; did you mean {' or '.join(near)}?"
         elif problem["type"] == "missing":
             yield f"{key}: missing"
+        elif problem["type"] == "union_tag_not_found":
+            yield f"{key}.kind: missing"
         else:
             yield f"{key}: {problem['input']!r} is refused: {problem['msg']}"
 
 
 def _settings_at(location: tuple[int | str, ...]) -> Iterator[str]:
     """Names of the settings at a place in a recipe."""
-    model: Any = Recipe
+    models: list[Any] = [Recipe]
     for part in location:
-        if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            model = next((a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation)
-    yield from model.model_fields
+        if part in models[0].model_fields:
+            annotation = models[0].model_fields[part].annotation
+            models = [a for a in get_args(annotation) if hasattr(a, "model_fields")] or [annotation]
+        elif isinstance(part, str):  # the kind of a policy
+            models = [model for model in models if part in get_args(model.model_fields["kind"].annotation)]
+    yield from models[0].model_fields

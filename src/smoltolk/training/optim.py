@@ -47,6 +47,25 @@ def trapezoid(step: int, stage: StageSettings) -> float:
     return min(1.0, rise, fall)
 
 
+def mixing_size(config: SmolTolkConfig) -> int:
+    """Multiplications per token of the layer selector and the mix of levels."""
+    num_layers, dim = config.lm_config.num_hidden_layers, config.hidden_size
+    mix = num_layers * dim
+    if config.layer_mixing != "selected":
+        return 0 if config.layer_mixing == "last" else mix
+
+    def perceptron(size: int, hidden_size: int | None, output_size: int) -> int:
+        return size * output_size if hidden_size is None else hidden_size * (size + output_size)
+
+    source_size = dim
+    if config.selector_input == "static":
+        mix *= 2  # the average that the selector looks at
+    if config.selector_level_size is not None:
+        mix += num_layers * perceptron(dim, config.selector_level_hidden_size, config.selector_level_size)
+        source_size = num_layers * config.selector_level_size
+    return mix + perceptron(source_size, config.selector_hidden_size, num_layers)
+
+
 def training_flops(
     config: SmolTolkConfig,
     *,
@@ -70,15 +89,14 @@ def training_flops(
     kv_heads = getattr(lm, "num_key_value_heads", None) or lm.num_attention_heads
     layer = (
         2 * dim * head_dim * (lm.num_attention_heads + kv_heads)  # queries and output, keys and values
-        + 3 * dim * lm.intermediate_size
+        + (2 if lm.model_type == "gpt_neox" else 3) * dim * lm.intermediate_size  # not gated, or gated
     )
     attention = 2 * row_tokens * lm.num_attention_heads * head_dim
     passes = 6 if is_backbone_trained else 4
     flops = num_layers * num_tokens * (passes * layer + 3 * attention)
     flops += config.num_output_adapter_layers * num_tokens * (6 * layer + 3 * attention)
     flops += config.num_input_adapter_layers * num_speech_tokens * 6 * layer
-    if config.layer_mixing != "last":
-        flops += num_tokens * num_layers * dim * 6 * (3 if config.layer_mixing == "selected" else 1)
+    flops += 6 * num_tokens * mixing_size(config)
     flops += num_text_labels * passes * lm.vocab_size * dim
     flops += num_speech_labels * 6 * config.ids.num_speech_tokens * dim
     return flops

@@ -5,14 +5,15 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoTokenizer
 
 from smoltolk.data.dataset import TASKS, Batch, BatchSource, TaskMixture
@@ -21,14 +22,10 @@ from smoltolk.data.text import tokenizer_fingerprint
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.units import load_speech_tokenizer
 from smoltolk.speech.vocoder import load_vocoder
-from smoltolk.training.checkpoints import (
-    RunState,
-    list_checkpoints,
-    load_checkpoint,
-    load_state,
-    save_checkpoint,
-)
+from smoltolk.training.checkpoints import Checkpointer, RunState, list_checkpoints, load_checkpoint, load_state
 from smoltolk.training.config import Recipe, StageSettings
+from smoltolk.training.distributed import join_ranks, set_gradient_sync, shard, whole
+from smoltolk.training.loader import load_batches
 from smoltolk.training.optim import make_optimizer, training_flops, trapezoid
 
 METRICS_FILE = "metrics.jsonl"
@@ -43,6 +40,9 @@ class TrainingStopped(KeyboardInterrupt):
 class Trainer:
     """Runs a recipe, from its last checkpoint if there is one.
 
+    Under `torchrun` every rank makes one and runs it: weights are spread over the ranks, each takes its share of a
+    step's rows, and the losses are those of one process alone.
+
     Args:
         recipe: what to run.
         progress: whether to show a progress bar.
@@ -50,7 +50,7 @@ class Trainer:
 
     Raises:
         ValueError: backbone, stores and recipe do not fit together, or the output folder holds a run of
-            another recipe.
+            another recipe, or the rows of a step cannot be shared evenly among the ranks.
     """
 
     def __init__(
@@ -66,12 +66,14 @@ class Trainer:
         self.output = Path(recipe.output)
         if recipe.num_threads is not None:
             torch.set_num_threads(recipe.num_threads)
-        self.device = torch.device(recipe.device if recipe.device != "auto" else default_device())
+        self.ranks = join_ranks(recipe.device)
+        self._check_shares()
         self._stores: dict[str, Store] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.backbone)
         self.model = self._make_model()
-        self.model.to(self.device)  # type: ignore[arg-type]
         self._check_companions()
+        shard(self.model, self.ranks)
+        self._checkpointer = Checkpointer(self.output / "checkpoints", self.ranks, recipe.checkpoint.keep_last)
         self._sources = [self._source(stage) for stage in recipe.stages]
         self._validation = dict(self._validation_batches())
 
@@ -83,36 +85,44 @@ class Trainer:
             FloatingPointError: too many steps had a loss or gradient that was not finite.
             OSError: a checkpoint could not be written.
         """
-        with lock(self.output), stop_requests() as stop:
-            return self._run(stop)
+        with lock(self.output) if self.ranks.is_main else nullcontext(), stop_requests() as stop:
+            folder = self._run(stop)
+        self.ranks.leave()
+        return folder
 
     def _run(self, stop: "StopRequests") -> Path:
         state, optimizer = self._start()
-        self._truncate_metrics(state.step)
-        with self._bar(state) as report:
+        if self.ranks.is_main:
+            self._truncate_metrics(state.step)
+        with self._bar(state) as report, closing(self._batches(state.step)) as batches:
             while state.step < self.recipe.num_steps:
                 index, step_of_stage = self.recipe.stage_at(state.step)
                 stage = self.recipe.stages[index]
                 if step_of_stage == 0:
                     optimizer = make_optimizer(self.model, stage)
                 started = time.perf_counter()
-                metrics = self._step(state, optimizer, index, step_of_stage)
+                metrics = self._step(state, next(batches), optimizer, index, step_of_stage)
                 metrics["seconds"] = time.perf_counter() - started
                 state.seconds += metrics["seconds"]
                 is_stage_end = step_of_stage == stage.steps - 1
                 if is_stage_end or state.step % self.recipe.validation.every_steps == 0:
                     metrics |= self._validate()
-                self._write_metrics(metrics)
-                report(metrics)
+                if self.ranks.is_main:
+                    self._write_metrics(metrics)
+                    report(metrics)
                 if self.on_step is not None:
                     self.on_step(metrics)
-                if is_stage_end or stop.is_requested or state.step % self.recipe.checkpoint.every_steps == 0:
-                    self._save(state, optimizer)
-                if stop.is_requested and state.step < self.recipe.num_steps:
+                self._checkpointer.finish_if_done()
+                [stops] = self.ranks.sum(stop.is_requested)  # a signal need not reach all ranks in the same step
+                if is_stage_end or stops or state.step % self.recipe.checkpoint.every_steps == 0:
+                    self._checkpointer.save(state, self.model, optimizer)
+                if stops and state.step < self.recipe.num_steps:
+                    self._checkpointer.wait()
                     raise TrainingStopped(
                         f"stopped after step {state.step} of {self.recipe.num_steps}, saved in {self.output}: "
                         "run the same command to go on"
                     )
+        self._checkpointer.wait()
         return self._export(state)
 
     # ---- making things from the recipe
@@ -125,11 +135,11 @@ class Trainer:
     def _make_model(self) -> SmolTolkForCausalLM:
         """New speech parts around the backbone, sized by the stores; made from the recipe's seed."""
         data = self.recipe.data
-        speech_stores = [self._store(share.store) for share in (*data.interleaved, *data.speech)]
+        speech_stores = [self._store(share.store) for task in TASKS if task != "text" for share in data.stores(task)]
         cards = [store.metadata.speech_tokenizer for store in speech_stores]
         card = next((card for card in cards if card is not None), None)
         if card is None:
-            raise ValueError("data names no store with speech: give one under interleaved or speech")
+            raise ValueError("data names no store with speech: give one under interleaved, speech, …")
         settings = self.recipe.model.model_dump(exclude={"backbone"})
         torch.manual_seed(self.recipe.seed)
         model = SmolTolkForCausalLM.from_backbone(
@@ -147,6 +157,15 @@ class Trainer:
         if self.recipe.compile:
             model.compile_layers()
         return model
+
+    def _check_shares(self) -> None:
+        for number, stage in enumerate(self.recipe.stages, start=1):
+            together = self.ranks.size * stage.rows_per_micro_batch
+            if stage.rows_per_step % together:
+                raise ValueError(
+                    f"stage {number}: rows_per_step {stage.rows_per_step} is not a multiple of {together} "
+                    f"({self.ranks.size} ranks of rows_per_micro_batch {stage.rows_per_micro_batch}): change one"
+                )
 
     def _check_companions(self) -> None:
         """What is kept with the model must be there and fit it, before hours are spent."""
@@ -169,11 +188,11 @@ class Trainer:
     def _source(self, stage: StageSettings, mixture: TaskMixture | None = None, split: str = "train") -> BatchSource:
         data, config = self.recipe.data, self.model.config
         return BatchSource(
-            {task: [(self._store(share.store), share.weight) for share in getattr(data, task)] for task in TASKS},
+            {task: [(self._store(share.store), share.weight) for share in data.stores(task)] for task in TASKS},
             mixture=mixture or stage.mixture.tasks,
             ids=self.model.ids,
             row_tokens=stage.row_tokens,
-            policy=data.policy,
+            policy=data.policy.make(),
             split=split,
             max_positions=config.max_position_embeddings,
             predict_switch=config.predict_switch,
@@ -186,34 +205,35 @@ class Trainer:
         if not self.recipe.validation.rows:
             return
         for task in TASKS:
-            if getattr(self.recipe.data, task):
+            if self.recipe.data.stores(task):
                 source = self._source(
                     self.recipe.stages[-1], TaskMixture(**{t: float(t == task) for t in TASKS}), "validation"
                 )
                 yield task, source.batch(VALIDATION_SEED, 0, rows=self.recipe.validation.rows)
 
+    def _batches(self, first_step: int) -> Generator[Batch, None, None]:
+        """The batches of all steps from the first one on."""
+        workers = self.recipe.loader_workers
+        if workers is None:
+            workers = 0 if self.ranks.device.type == "cpu" else 4
+        return load_batches(self.recipe, self._sources, self.ranks, first_step, workers)
+
     # ---- start, save, end
 
     def _start(self) -> tuple[RunState, torch.optim.Optimizer]:
         """The state and optimizer to go on from: the last checkpoint's, or new ones."""
-        checkpoints = list_checkpoints(self._checkpoint_folder)
-        state = load_state(checkpoints[-1]) if checkpoints else RunState(0, self.recipe.fingerprint)
+        checkpoints = list_checkpoints(self._checkpointer.folder)
+        last = self.ranks.share(checkpoints[-1] if checkpoints else None)
+        state = RunState(0, self.recipe.fingerprint) if last is None else load_state(last)
         if state.recipe_fingerprint != self.recipe.fingerprint:
             raise ValueError(
                 f"output {self.output} holds a run of another recipe: give another output, or remove the folder"
             )
         index, step_of_stage = self.recipe.stage_at(min(state.step, self.recipe.num_steps - 1))
         optimizer = make_optimizer(self.model, self.recipe.stages[index])
-        if checkpoints:
-            load_checkpoint(checkpoints[-1], self.model, optimizer if step_of_stage else None)
+        if last is not None:
+            load_checkpoint(last, self.model, optimizer, with_moments=step_of_stage > 0)
         return state, optimizer
-
-    @property
-    def _checkpoint_folder(self) -> Path:
-        return self.output / "checkpoints"
-
-    def _save(self, state: RunState, optimizer: torch.optim.Optimizer) -> None:
-        save_checkpoint(self._checkpoint_folder, state, self.model, optimizer, self.recipe.checkpoint.keep_last)
 
     def _export(self, state: RunState) -> Path:
         """The trained model with its tokenizers and vocoder in one folder, replaced as a whole."""
@@ -226,9 +246,14 @@ class Trainer:
             "skipped_steps": state.skipped_steps,
             "validation_losses": self._validation_losses(),
         }
+        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if not self.ranks.is_main:
+            self.ranks.share(None)
+            return final
         shutil.rmtree(aside, ignore_errors=True)
         try:
-            self.model.save_pretrained(aside)
+            tied = self.model.all_tied_weights_keys  # gathered weights don't share memory
+            self.model.save_pretrained(aside, state_dict={n: w for n, w in weights.items() if n not in tied})
             self.tokenizer.save_pretrained(aside)
             for name in ("speech_tokenizer", "vocoder"):
                 if source := getattr(self.recipe, name):
@@ -238,6 +263,7 @@ class Trainer:
             aside.rename(final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+        self.ranks.share(None)  # the others wait until the folder is there
         return final
 
     def _validation_losses(self) -> list[dict[str, float | None]]:
@@ -249,26 +275,30 @@ class Trainer:
     # ---- one step
 
     def _step(
-        self, state: RunState, optimizer: torch.optim.Optimizer, index: int, step_of_stage: int
+        self, state: RunState, batch: Batch, optimizer: torch.optim.Optimizer, index: int, step_of_stage: int
     ) -> dict[str, Any]:
         """One optimizer step; advances the state and returns the step's metrics."""
         stage = self.recipe.stages[index]
-        torch.manual_seed(self.recipe.seed + state.step)  # dropout, where a backbone has it
-        batch = self._sources[index].batch(self.recipe.seed, state.step, rows=stage.rows_per_step)
-        num_text, num_speech = self.model.count_labels(batch.input_ids, batch.labels)
+        torch.manual_seed(self.recipe.seed + state.step + (self.ranks.rank << 40))  # dropout, where a backbone has it
+        num_speech_tokens = int((batch.input_ids >= self.model.ids.speech_offset).sum())
+        num_text, num_speech, num_speech_tokens = map(
+            int, self.ranks.sum(*self.model.count_labels(batch.input_ids, batch.labels), num_speech_tokens)
+        )
         num_labels = max(1, num_text + num_speech)
         self.model.train()
         text_sum = speech_sum = loss_sum = 0.0
-        for start in range(0, stage.rows_per_step, stage.rows_per_micro_batch):
+        for start in range(0, len(batch), stage.rows_per_micro_batch):
             part = batch.select(slice(start, start + stage.rows_per_micro_batch))
+            set_gradient_sync(self.model, is_on=start + stage.rows_per_micro_batch == len(batch))
             output = self._forward(part, num_labels)
-            output.loss.backward()
+            (self.ranks.size * output.loss).backward()  # ranks average their gradients
             part_text, part_speech = self.model.count_labels(part.input_ids, part.labels)
             loss_sum += output.loss.item()
             text_sum += output.text_loss.item() * part_text if part_text else 0.0
             speech_sum += output.speech_loss.item() * part_speech if part_speech else 0.0
+        loss_sum, text_sum, speech_sum = self.ranks.sum(loss_sum, text_sum, speech_sum)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm).item()
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm)).item()
         share = trapezoid(step_of_stage, stage)
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
@@ -278,18 +308,19 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
 
         state.step += 1
-        state.tokens += batch.input_ids.numel()
+        num_tokens = stage.rows_per_step * stage.row_tokens
+        state.tokens += num_tokens
         state.flops += training_flops(
             self.model.config,  # type: ignore[arg-type]
-            num_tokens=batch.input_ids.numel(),
-            num_speech_tokens=int((batch.input_ids >= self.model.ids.speech_offset).sum()),
+            num_tokens=num_tokens,
+            num_speech_tokens=num_speech_tokens,
             num_text_labels=num_text,
             num_speech_labels=num_speech,
             row_tokens=stage.row_tokens,
             is_backbone_trained=stage.train == "everything",
         )
         if not is_finite:
-            self._count_skipped(state, batch)
+            self._count_skipped(state, self._sources[index], batch)
         return {
             "step": state.step,
             "stage": index + 1,
@@ -307,18 +338,18 @@ class Trainer:
 
     def _forward(self, batch: Batch, num_labels: int | None = None) -> Any:
         is_bf16 = self.recipe.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if is_bf16 else nullcontext():
+        with torch.autocast(self.ranks.device.type, torch.bfloat16) if is_bf16 else nullcontext():
             # Rows are full: without a mask attention runs its causal path.
             return self.model(
-                batch.input_ids.to(self.device),
-                labels=batch.labels.to(self.device),
+                batch.input_ids.to(self.ranks.device),
+                labels=batch.labels.to(self.ranks.device),
                 num_items_in_batch=num_labels,
             )
 
-    def _count_skipped(self, state: RunState, batch: Batch) -> None:
+    def _count_skipped(self, state: RunState, source: BatchSource, batch: Batch) -> None:
         state.skipped_steps += 1
         if state.skipped_steps > self.recipe.max_skipped_steps:
-            samples = sorted({sample for row in batch.sample_ids for sample in row})
+            samples = sorted({sample for row in source.sample_ids(batch) for sample in row})
             raise FloatingPointError(
                 f"{state.skipped_steps} steps had a loss or gradient that was not finite, more than "
                 f"max_skipped_steps {self.recipe.max_skipped_steps}; at step {state.step} the batch held the "
@@ -332,15 +363,18 @@ class Trainer:
         losses = {}
         size = self.recipe.stages[-1].rows_per_micro_batch
         for task, batch in self._validation.items():
+            parts = [batch.select(slice(start, start + size)) for start in range(0, len(batch), size)]
             total = 0.0
-            num_labels = max(1, sum(self.model.count_labels(batch.input_ids, batch.labels)))
-            for start in range(0, len(batch), size):
-                part = batch.select(slice(start, start + size))
+            # Sharded ranks gather weights together: one that has no part left computes one that does not count.
+            for first in range(0, len(parts), self.ranks.size):
+                is_counted = first + self.ranks.rank < len(parts)
+                part = parts[first + self.ranks.rank if is_counted else 0]
                 output = self._forward(part)
                 num_text, num_speech = self.model.count_labels(part.input_ids, part.labels)
-                total += output.text_loss.item() * num_text if num_text else 0.0
-                total += output.speech_loss.item() * num_speech if num_speech else 0.0
-            losses[f"validation_{task}_loss"] = finite(total / num_labels)
+                total += output.text_loss.item() * num_text if num_text and is_counted else 0.0
+                total += output.speech_loss.item() * num_speech if num_speech and is_counted else 0.0
+            num_labels = max(1, sum(self.model.count_labels(batch.input_ids, batch.labels)))
+            losses[f"validation_{task}_loss"] = finite(self.ranks.sum(total)[0] / num_labels)
         return losses
 
     # ---- watching
@@ -368,7 +402,7 @@ class Trainer:
             TextColumn("{task.fields[losses]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, disable=not self.progress) as bar:
+        with Progress(*columns, disable=not (self.progress and self.ranks.is_main)) as bar:
             task = bar.add_task(self.recipe.name, total=self.recipe.num_steps, completed=state.step, losses="")
 
             def report(metrics: dict[str, Any]) -> None:
@@ -413,11 +447,6 @@ def stop_requests() -> Iterator[StopRequests]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def default_device() -> str:
-    """The accelerator if there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def finite(value: float) -> float | None:

@@ -1,0 +1,101 @@
+"""Ranks: the processes of a run that `torchrun` started, or the one there is without it."""
+
+import os
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those that train a model together.
+
+    Args:
+        rank: its number, from 0.
+        size: number of processes.
+        device: where it computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of numbers over all ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        # On the CPU, so that no rank waits for its accelerator.
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def share(self, value: Any) -> Any:
+        """What the main process has for this value."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def leave(self) -> None:
+        """Ends the work together."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_ranks(device: str) -> Ranks:
+    """Joins the processes that `torchrun` started; alone without it.
+
+    Args:
+        device: as recipes name it; "auto" takes the accelerator if there is one, "cuda" that of the local rank.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if size == 1:
+        return Ranks(0, 1, torch.device(kind))
+    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    return Ranks(rank, size, place)
+
+
+def shard(model: SmolTolkForCausalLM, ranks: Ranks) -> None:
+    """Spreads the model over the ranks, in place (FSDP2): each layer by itself, the rest together.
+
+    Weights stay float32 and are gathered so: a step computes what it computes on one rank.
+    """
+    if ranks.size == 1:
+        model.to(ranks.device)  # type: ignore[arg-type]
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    for layer in chain(model.body.layers, model.input_adapter.layers, model.output_adapter.layers):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def set_gradient_sync(model: SmolTolkForCausalLM, *, is_on: bool) -> None:
+    """Whether the next backward pass exchanges gradients: only the last of several micro-batches needs to."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(is_on)  # type: ignore[operator]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over ranks, in one piece."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

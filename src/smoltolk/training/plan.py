@@ -1,0 +1,236 @@
+"""What a recipe will need, before anything starts: parameters, tokens, operations, memory, hours."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from transformers import AutoConfig, PreTrainedConfig
+
+from smoltolk.data.store import Store
+from smoltolk.model.configuration_smoltolk import SmolTolkConfig
+from smoltolk.model.losses import LOGITS_PER_CHUNK
+from smoltolk.model.modeling_smoltolk import Adapter, SmolTolkForCausalLM
+from smoltolk.training.config import Recipe, StageSettings
+from smoltolk.training.optim import training_flops
+
+GIB = 2**30
+NUM_UNITS = 500  # the paper's, where no store says another number
+SPEECH_SHARE = {"interleaved": 0.5, "speech": 1.0, "text": 0.0}  # of the tokens of a task's rows, roughly
+OVERHEAD_BYTES = GIB  # of the device's libraries and of the allocator
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage needs.
+
+    Args:
+        trained: parameters that learn.
+        frozen: parameters that don't.
+        tokens_per_step: tokens of all ranks.
+        steps: optimizer steps.
+        flops: training FLOPs of the stage.
+        memory_bytes: estimated peak of one GPU.
+        hours: time at the given MFU.
+    """
+
+    trained: int
+    frozen: int
+    tokens_per_step: int
+    steps: int
+    flops: int
+    memory_bytes: int
+    hours: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the stage."""
+        return self.tokens_per_step * self.steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe needs.
+
+    Args:
+        parts: parameters by part of the model.
+        stages: the stages in order.
+        num_units: units of the speech tokenizer.
+        is_assumed: whether that number is the paper's, for lack of a store.
+    """
+
+    parts: dict[str, int]
+    stages: list[StagePlan]
+    num_units: int
+    is_assumed: bool
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    gpus: int = 1,
+    memory_gib: float = 80.0,
+    mfu: float = 0.4,
+    peak_tflops: float = 790.0,
+    lm_config: PreTrainedConfig | None = None,
+) -> Plan:
+    """Counts what a recipe needs, without weights, data or a GPU.
+
+    Args:
+        recipe: the recipe.
+        gpus: ranks, one for each GPU.
+        memory_gib: memory of a GPU in GiB.
+        mfu: share of the peak that training reaches.
+        peak_tflops: bf16 peak of a GPU.
+        lm_config: configuration of the text LM; by default the backbone's own.
+
+    Raises:
+        ValueError: the recipe cannot run so: it does not fit into the memory, a step's rows cannot be shared, or rows
+            are longer than the backbone's positions.
+    """
+    for name, value in (("gpus", gpus), ("memory_gib", memory_gib), ("mfu", mfu), ("peak_tflops", peak_tflops)):
+        if value <= 0:
+            raise ValueError(f"{name} is {value}: give more than 0")
+    num_units, is_assumed = _num_units(recipe)
+    config = _config(recipe, lm_config, num_units)
+    with torch.device("meta"):
+        model = SmolTolkForCausalLM(config)
+    model.set_attn_implementation("eager" if recipe.attn_implementation == "eager" else "sdpa")
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    stages = []
+    for number, stage in enumerate(recipe.stages, start=1):
+        if stage.row_tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"stage {number}: row_tokens {stage.row_tokens} exceeds the {config.max_position_embeddings} positions "
+                "of the backbone: shorten the rows or set max_position_embeddings"
+            )
+        if stage.rows_per_step % (gpus * stage.rows_per_micro_batch):
+            raise ValueError(
+                f"stage {number}: rows_per_step {stage.rows_per_step} is not a multiple of {gpus} GPUs x "
+                f"rows_per_micro_batch {stage.rows_per_micro_batch}: change one of them"
+            )
+        flops = stage.steps * _step_flops(config, stage)
+        plan = StagePlan(
+            trained=sum(p.numel() for _, p in _trained(model, stage)),
+            frozen=0 if stage.train == "everything" else sum(p.numel() for _, p in model.text_parameters()),
+            tokens_per_step=stage.rows_per_step * stage.row_tokens,
+            steps=stage.steps,
+            flops=flops,
+            memory_bytes=sum(memory_by_use(model, recipe, stage, gpus).values()),
+            hours=flops / (gpus * mfu * peak_tflops * 1e12) / 3600,
+        )
+        if plan.memory_bytes > memory_gib * GIB:
+            raise ValueError(
+                f"stage {number} needs about {plan.memory_bytes / GIB:.1f} GiB on each of {gpus} GPUs, more than "
+                f"memory_gib {memory_gib:g}: lower rows_per_micro_batch {stage.rows_per_micro_batch}, set "
+                "gradient_checkpointing, or take more GPUs"
+            )
+        stages.append(plan)
+    return Plan({name: count for name, count in parts.items() if count}, stages, num_units, is_assumed)
+
+
+def memory_by_use(model: SmolTolkForCausalLM, recipe: Recipe, stage: StageSettings, gpus: int) -> dict[str, int]:
+    """Estimated bytes at the peak of a step on one GPU, by what they are for.
+
+    Weights, gradients and AdamW's moments are float32 and spread over the GPUs. Activations are what a decoder layer
+    keeps for its backward, counted without computing it; compiled layers keep less.
+    """
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    trained = 4 * sum(p.numel() for _, p in _trained(model, stage))
+    layers = [*model.body.layers, *model.output_adapter.layers, *model.input_adapter.layers]
+    in_layers = [4 * sum(p.numel() for p in layer.parameters()) for layer in layers]
+    num_micro_batches = stage.rows_per_step // (gpus * stage.rows_per_micro_batch)
+    is_whole = gpus > 1 and num_micro_batches > 1  # gradients are exchanged after the last micro-batch only
+    tokens = stage.rows_per_micro_batch * stage.row_tokens
+    kept = kept_bytes(model.config, stage.rows_per_micro_batch, stage.row_tokens, recipe.precision == "bf16")
+    dim, num_layers = model.config.hidden_size, len(layers)
+    # Below the first layer that learns nothing is kept: with a frozen LM only if no speech comes in before it.
+    activations = num_layers * kept
+    if recipe.gradient_checkpointing:
+        activations = num_layers * 4 * dim * tokens + kept
+    head = max(model.config.lm_config.vocab_size, model.ids.num_speech_tokens)
+    logits = min(LOGITS_PER_CHUNK, head * tokens)
+    return {
+        "weights": weights // gpus,
+        "gradients": trained if is_whole else trained // gpus,
+        "moments": 2 * trained // gpus,
+        "gathered": 0 if gpus == 1 else weights - sum(in_layers) + 2 * max(in_layers),
+        "activations": activations,
+        "levels": model.config.lm_config.num_hidden_layers * 4 * dim * tokens,  # their gradients, from the mix
+        "heads": 12 * logits + (4 * head * dim if stage.train == "everything" else 0),
+        "overhead": OVERHEAD_BYTES,
+    }
+
+
+def kept_bytes(config: Any, rows: int, row_tokens: int, is_bf16: bool) -> int:
+    """Bytes that one decoder layer keeps for its backward pass, weights left out; counted on tensors without data."""
+    kept: dict[int, Any] = {}  # storages by identity
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+        adapter = one_layer(config)
+        hidden = torch.empty(rows, row_tokens, config.hidden_size, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            adapter(hidden, None, torch.arange(row_tokens)[None])
+        weights = {p.untyped_storage()._cdata for p in adapter.parameters()}
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+
+
+def one_layer(config: Any) -> nn.Module:
+    """A decoder layer of the backbone's family."""
+    small = type(config.lm_config)(**config.lm_config.to_dict() | {"num_hidden_layers": 1, "layer_types": None})
+    one = SmolTolkConfig(lm_config=small, num_units=1, num_input_adapter_layers=0, num_output_adapter_layers=1)
+    adapter: Adapter = SmolTolkForCausalLM(one).output_adapter
+    return adapter
+
+
+def _trained(model: SmolTolkForCausalLM, stage: StageSettings) -> Iterator[tuple[str, nn.Parameter]]:
+    return model.named_parameters() if stage.train == "everything" else model.speech_parameters()
+
+
+def _num_units(recipe: Recipe) -> tuple[int, bool]:
+    """Units of the stores, or the paper's number where there is none yet."""
+    for share in (*recipe.data.interleaved, *recipe.data.speech):
+        try:
+            found = Store(share.store).num_units
+        except ValueError:  # not prepared yet
+            continue
+        if found is not None:
+            return found, False
+    return NUM_UNITS, True
+
+
+def _config(recipe: Recipe, lm_config: PreTrainedConfig | None, num_units: int) -> SmolTolkConfig:
+    settings = recipe.model.model_dump(exclude={"backbone", "rope_theta", "max_position_embeddings"})
+    if lm_config is None:
+        try:
+            lm_config = AutoConfig.from_pretrained(recipe.model.backbone)
+        except OSError as error:
+            raise ValueError(
+                f"backbone {recipe.model.backbone} cannot be read ({str(error).splitlines()[0]}): give --lm-config, "
+                "a configuration file or folder of the same LM"
+            ) from error
+    if recipe.model.max_position_embeddings is not None:
+        lm_config.max_position_embeddings = recipe.model.max_position_embeddings
+    return SmolTolkConfig(lm_config=lm_config, num_units=num_units, **settings)
+
+
+def _step_flops(config: SmolTolkConfig, stage: StageSettings) -> int:
+    tokens = stage.rows_per_step * stage.row_tokens
+    shares = stage.mixture.model_dump()
+    speech = sum(SPEECH_SHARE.get(task, 0.5) * weight for task, weight in shares.items()) / sum(shares.values())
+    return training_flops(
+        config,
+        num_tokens=tokens,
+        num_speech_tokens=round(speech * tokens),
+        num_text_labels=round((1 - speech) * tokens),
+        num_speech_labels=round(speech * tokens),
+        row_tokens=stage.row_tokens,
+        is_backbone_trained=stage.train == "everything",
+    )

@@ -1,0 +1,114 @@
+"""`smoltolk tokenizer fit | import | encode`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.speech.conftest import syllables
+from tests.speech.models import noise, tiny_hubert, tiny_hubert_tokenizer, tiny_mimi
+from transformers import Wav2Vec2FeatureExtractor
+
+from smoltolk import cli
+from smoltolk.speech.audio import load_audio, save_wav
+from smoltolk.speech.hubert import HubertTokenizer
+from smoltolk.speech.mel import MelTokenizer
+from smoltolk.speech.units import load_speech_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recordings, a HuBERT with a k-means, and a Mimi."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "audio").mkdir()
+    for seed in range(2):
+        save_wav(folder / "audio" / f"{seed}.wav", syllables(seed), 16_000)
+    tiny_hubert().save_pretrained(folder / "hubert")
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder / "hubert")
+    np.save(folder / "kmeans.npy", tiny_hubert_tokenizer().centroids)
+    tiny_mimi().save_pretrained(folder / "mimi")
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return cli.main(["tokenizer", *map(str, arguments)])
+
+
+def test_a_mel_tokenizer_is_fitted_as_by_its_function(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", folder / "audio", "--output", tmp_path / "mel", "--num-units", 8, "--seed", 3) == 0
+    audios = [load_audio(path, sample_rate_hz=16_000) for path in sorted((folder / "audio").iterdir())]
+    expected = MelTokenizer.fit(audios, num_units=8, seed=3).fingerprint
+    assert load_speech_tokenizer(tmp_path / "mel").fingerprint == expected
+    assert capsys.readouterr().out == f"{tmp_path / 'mel'}: 8 units at 100 Hz, fingerprint {expected}\n"
+
+
+def test_a_hubert_tokenizer_is_fitted_and_encodes_files(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ("--kind", "hubert", "--model", folder / "hubert", "--layer", 2)
+    assert run("fit", folder / "audio", "--output", tmp_path / "fitted", *model, "--num-units", 8) == 0
+    tokenizer = load_speech_tokenizer(tmp_path / "fitted")
+    assert isinstance(tokenizer, HubertTokenizer)
+    assert (tokenizer.num_units, tokenizer.settings.layer) == (8, 2)
+    capsys.readouterr()
+    assert run("encode", tmp_path / "fitted", folder / "audio") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["audio"] for line in lines] == [str(folder / "audio" / f"{seed}.wav") for seed in range(2)]
+    for line in lines:
+        expected = tokenizer.encode(load_audio(line["audio"], sample_rate_hz=16_000))
+        assert (line["units"], line["durations"]) == (expected.units.tolist(), expected.durations.tolist())
+
+
+def test_models_that_are_there_are_imported(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("--kind", "hubert", "--model", folder / "hubert", "--layer", 2, "--kmeans", folder / "kmeans.npy")
+    assert run("import", "--output", tmp_path / "hubert", *model) == 0
+    assert "20 units at 50 Hz" in capsys.readouterr().out
+    tokenizer = load_speech_tokenizer(tmp_path / "hubert")
+    audio = noise(1.2)
+    np.testing.assert_array_equal(tokenizer.encode(audio).frames(), tiny_hubert_tokenizer().encode(audio).frames())
+
+    assert run("import", "--output", tmp_path / "mimi", "--kind", "mimi", "--model", folder / "mimi") == 0
+    assert "32 units at 12.5 Hz" in capsys.readouterr().out
+    assert load_speech_tokenizer(tmp_path / "mimi").kind == "mimi"
+
+
+def test_the_preset_is_imported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HubertTokenizer, "mhubert_25hz", lambda kmeans: tiny_hubert_tokenizer())
+    assert run("import", "--output", tmp_path / "preset", "--preset", "mhubert-25hz") == 0
+    assert load_speech_tokenizer(tmp_path / "preset").fingerprint == tiny_hubert_tokenizer().fingerprint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import"], "nothing to import: give --kind, or --preset mhubert-25hz"),
+        (["import", "--kind", "hubert"], "--kind hubert needs --model"),
+        (["import", "--kind", "hubert", "--model", "m", "--layer", 1], "--kind hubert needs --kmeans"),
+        (["import", "--kind", "mimi"], "--kind mimi needs --model"),
+        (["import", "--kind", "mimi", "--model", "m", "--layer", 1], "--layer has no effect with --kind mimi"),
+        (["import", "--preset", "mhubert-25hz", "--layer", 1], "--layer has no effect with --preset mhubert-25hz"),
+        (["import", "--kind", "hubert", "--model", "m", "--layer", 1, "--kmeans", "none.npy"], "none.npy cannot be"),
+        (["fit", "audio", "--layer", 1], "--layer has no effect with --kind mel"),
+        (["fit", "audio", "--no-normalize"], "--normalize has no effect with --kind mel"),
+        (["fit", "audio", "--device", "cuda"], "--device and --dtype are for --kind hubert"),
+        (["fit", "audio", "--kind", "hubert", "--model", "m"], "--kind hubert needs --layer"),
+        (["fit", "audio", "--num-units", 0], "num_units is 0"),
+        (["fit", "none.wav"], "none.wav cannot be read"),
+    ],
+)
+def test_bad_input_is_one_message_and_nothing_is_written(
+    arguments: list, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "--output", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_without_effect_on_a_mel_tokenizer_warns(tokenizer: MelTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    with pytest.warns(UserWarning, match="has no network: device, dtype and batch_size have no effect"):
+        assert load_speech_tokenizer(tmp_path, dtype="bfloat16").fingerprint == tokenizer.fingerprint

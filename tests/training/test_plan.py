@@ -1,0 +1,92 @@
+"""What a recipe will need is said before it starts."""
+
+import pytest
+import torch
+from tests.conftest import mixed_ids, tiny_lm_config, tiny_model, tiny_recipe
+
+from smoltolk import cli
+from smoltolk.training.config import make_recipe
+from smoltolk.training.plan import GIB, kept_bytes, make_plan, memory_by_use
+
+
+def bytes_kept_by(model, ids, is_bf16):
+    """Bytes of all tensors but parameters that a forward pass keeps for its backward."""
+    found, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = (storage.nbytes(), storage)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=is_bf16),
+    ):
+        model(ids, labels=ids)
+    return sum(size for place, (size, _) in found.items() if place not in parameters)
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_a_layer_keeps_as_many_bytes_as_counted(is_bf16):
+    kept = []
+    for layers in (2, 4):
+        model = tiny_model(lm_config=tiny_lm_config(num_hidden_layers=layers), layer_mixing="last").train()
+        kept.append(bytes_kept_by(model, mixed_ids(ids=model.ids), is_bf16))
+    per_layer = (kept[1] - kept[0]) / 2
+    assert kept_bytes(model.config, 2, 40, is_bf16) == pytest.approx(per_layer, rel=0.1)
+
+
+def test_the_plan_is_what_the_run_then_does(tiny_world, tmp_path):
+    from smoltolk.training.trainer import Trainer, read_metrics
+
+    recipe = make_recipe(tiny_recipe(tiny_world, tmp_path))
+    plan = make_plan(recipe)
+    trainer = Trainer(recipe, progress=False)
+    trainer.run()
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert sum(plan.parts.values()) == sum(p.numel() for p in trainer.model.parameters())
+    assert sum(stage.tokens for stage in plan.stages) == last["tokens"]
+    assert sum(stage.flops for stage in plan.stages) == pytest.approx(last["flops"], rel=0.15)
+    assert (plan.num_units, plan.is_assumed) == (trainer.model.config.num_units, False)
+    first, second = plan.stages
+    assert first.trained + first.frozen == second.trained
+    assert second.frozen == 0
+    assert second.hours == pytest.approx(second.flops / (0.4 * 790e12) / 3600)
+
+
+def test_memory_falls_with_more_gpus_and_with_checkpointing(tiny_world, tmp_path):
+    recipe = make_recipe(tiny_recipe(tiny_world, tmp_path))
+    model, stage = tiny_model(), recipe.stages[1]
+    alone, two = (memory_by_use(model, recipe, stage, gpus) for gpus in (1, 2))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert alone["weights"] == 4 * parameters
+    assert alone["moments"] == 8 * parameters
+    assert two["weights"] == 2 * parameters
+    checkpointed = recipe.model_copy(update={"gradient_checkpointing": True})
+    assert memory_by_use(model, checkpointed, stage, 1)["activations"] < alone["activations"] / 2
+
+
+def test_what_cannot_fit_or_be_shared_is_refused(tiny_world, tmp_path):
+    recipe = make_recipe(tiny_recipe(tiny_world, tmp_path))
+    with pytest.raises(ValueError, match=r"stage 1 needs about 1\.\d GiB on each of 1 GPUs, more than memory_gib 1:"):
+        make_plan(recipe, memory_gib=1)
+    with pytest.raises(ValueError, match="rows_per_step 4 is not a multiple of 3 GPUs x rows_per_micro_batch 2"):
+        make_plan(recipe, gpus=3)
+    with pytest.raises(ValueError, match="mfu is 0: give more than 0"):
+        make_plan(recipe, mfu=0)
+    assert make_plan(recipe).stages[0].memory_bytes < 2 * GIB
+
+
+def test_the_command_prints_the_plan_without_weights(tiny_world, tmp_path, capsys):
+    import yaml
+
+    settings = tiny_recipe(tiny_world, tmp_path)
+    settings["model"]["backbone"] = "nobody/nothing"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    assert cli.main(["plan", str(tmp_path / "recipe.yaml")]) == 1
+    assert "backbone nobody/nothing cannot be read" in capsys.readouterr().err
+    backbone = str(tiny_world / "backbone")
+    assert cli.main(["plan", str(tmp_path / "recipe.yaml"), "--gpus", "2", "--lm-config", backbone]) == 0
+    shown = capsys.readouterr().out
+    assert "input_adapter" in shown
+    assert "2 GPUs" in shown
