@@ -37,7 +37,7 @@ def make_audio(seconds: float, rate_hz: int, rng: np.random.Generator) -> np.nda
     """A waveform (samples,) with the rough spectrum and rhythm of speech: FLAC packs it about as well."""
     t = np.arange(int(seconds * rate_hz)) / rate_hz
     phase = 2 * np.pi * np.cumsum(120 + 30 * np.sin(2 * np.pi * 0.7 * t + rng.uniform(0, 6))) / rate_hz
-    voice = sum(np.sin(k * phase) / k for k in range(1, 20))
+    voice = sum(np.sin(k * phase) / k for k in range(1, 9))
     syllables = np.clip(np.sin(2 * np.pi * 4 * t + rng.uniform(0, 6)) + 0.3, 0, 1)
     noise = rng.standard_normal(len(t)) * np.clip(np.sin(2 * np.pi * 1.3 * t), 0, 1)
     return (0.08 * voice * syllables + 0.02 * noise + 1e-4 * rng.standard_normal(len(t))).astype(np.float32)
@@ -46,7 +46,7 @@ def make_audio(seconds: float, rate_hz: int, rng: np.random.Generator) -> np.nda
 def text_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of words."""
     vocabulary = {f"w{number}": number for number in range(1000)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")  # noqa: S106
 
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=float, nargs="+", default=[3, 15, 60, 600], help="seconds of a file")
     parser.add_argument("--rates", type=int, nargs="+", default=[16_000, 44_100], help="sampling rates of the files")
-    parser.add_argument("--total", type=float, default=1200, help="seconds of audio for each length")
+    parser.add_argument("--total", type=float, default=600, help="seconds of audio for each length")
     parser.add_argument("--num-units", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
