@@ -4,7 +4,7 @@
 
 The audio is made here: voiced and unvoiced stretches with pauses, at the rate of the corpora. Each length has about the
 same audio in all. The parts are timed one by one, as the work does them: reading and decoding, resampling (for files of
-another rate), mel bands, distances and path, text, and the shards.
+another rate), mel bands, distances to the centroids with the path through them, text, and the shards.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from smoltolk.data.store import write_store
 from smoltolk.data.text import encode_words
 from smoltolk.data.utterance import Utterance
 from smoltolk.speech.audio import load_audio
-from smoltolk.speech.mel import MelTokenizer, _viterbi
+from smoltolk.speech.mel import MelTokenizer
 
 WORDS_PER_S = 2.5
 
@@ -86,12 +86,11 @@ def parts(folder: Path, tokenizer: MelTokenizer, words: PreTrainedTokenizerFast,
     took["resample"] = 0.0
     if own_rate_hz != rate_hz:
         took["resample"], audios = cpu_seconds(lambda: [soxr.resample(audio, own_rate_hz, rate_hz) for audio in audios])
-    mel, _ = cpu_seconds(lambda: [tokenizer._extract(audio) for audio in audios])
-    both, distances = cpu_seconds(lambda: [tokenizer._distances(audio) for audio in audios])
-    took["mel"], took["distances"] = mel, max(0.0, both - mel)
-    took["path"], _ = cpu_seconds(lambda: _viterbi(distances, tokenizer.settings.switch_penalty))
+    extract = tokenizer.settings.log_mel()
+    took["mel"], _ = cpu_seconds(lambda: [extract(audio) for audio in audios])
+    encode, units = cpu_seconds(lambda: tokenizer.encode_batch(audios))
+    took["k-means, path"] = max(0.0, encode - took["mel"])
     took["text"], texts = cpu_seconds(lambda: [encode_words(words, row["text"]) for row in rows])
-    units = tokenizer.encode_batch(audios)
     utterances = [
         Utterance(
             id=row["audio"],
