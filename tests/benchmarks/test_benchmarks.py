@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 import torch
-from benchmarks import batches, generate, profile_step, tokenize_speech, train_step
+from benchmarks import batches, generate, prepare, profile_step, tokenize_speech, train_step
 from benchmarks.reference import ReferenceModel
 from benchmarks.workload import EARLY_FUSION, interleaved_rows
 from tests.conftest import mixed_ids, tiny_model
@@ -113,3 +113,12 @@ def test_a_simulated_store_has_as_many_utterances_as_it_should(tmp_path, copy):
     assert len(store) == 100
     assert store[63].units.tolist() == base[3].units.tolist()
     store.verify()
+
+
+def test_the_benchmark_of_prepare_has_a_row_for_each_length_and_rate(capsys):
+    prepare.main(
+        ["--lengths", "1", "2", "--rates", "16000", "22050", "--total", "4", "--num-units", "8", "--repeats", "1"]
+    )
+    text = capsys.readouterr().out
+    assert table_rows(text) == [*("file", "1 s", "2 s", "1 s", "2 s")] * 2
+    assert "× real time per core" in text

@@ -1,10 +1,12 @@
 """The work on rows: batches, alignment, and what a failure of either changes."""
 
+import io
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import soundfile
 from tests.data.conftest import RATE_HZ, contents, mixed_manifest, quarantine, sound, spoken_row, write_manifest
 
 from smoltolk.data.blocks import Preparer, blocks_of
@@ -12,6 +14,7 @@ from smoltolk.data.prepare import prepare
 from smoltolk.data.sources import SourceRow
 from smoltolk.data.store import Store
 from smoltolk.data.utterance import StoreMetadata
+from smoltolk.speech.audio import stream_audio
 from smoltolk.speech.mel import MelTokenizer
 
 
@@ -78,13 +81,27 @@ def test_audio_is_encoded_in_batches_of_a_length_and_a_bad_one_alone(recording_t
 
 
 def wav(audio):
-    import io
-
-    import soundfile
-
     file = io.BytesIO()
     soundfile.write(file, audio, RATE_HZ, format="WAV")
     return file.getvalue()
+
+
+def test_long_recordings_are_read_in_blocks_and_give_the_same_store(tmp_path, tokenizers, monkeypatch):
+    source = mixed_manifest(tmp_path / "in")
+    (tmp_path / "in" / "1.wav").write_bytes(wav(sound(1))[:-100])
+    prepare(source, tmp_path / "at-once", **tokenizers)
+    monkeypatch.setattr("smoltolk.data.blocks._LONG_S", 0.2)
+    monkeypatch.setattr("smoltolk.data.blocks._LONG_BYTES", 0)
+    streamed = []
+
+    def noted_stream(path, **settings):
+        streamed.append(path)
+        return stream_audio(path, **settings)
+
+    monkeypatch.setattr("smoltolk.data.blocks.stream_audio", noted_stream)
+    prepare(source, tmp_path / "in-blocks", **tokenizers)
+    assert len(streamed) >= 7
+    assert contents(tmp_path / "at-once") == contents(tmp_path / "in-blocks")
 
 
 def test_an_aligner_finds_the_times_that_are_missing(tmp_path, tokenizers):

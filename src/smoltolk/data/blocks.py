@@ -19,10 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from smoltolk.data.sources import SourceRow
 from smoltolk.data.text import encode_words
 from smoltolk.data.utterance import StoreMetadata, Utterance, check_utterance
-from smoltolk.speech.audio import AudioError, load_audio
+from smoltolk.speech.audio import AudioError, load_audio, stream_audio
 from smoltolk.speech.units import SpeechTokenizer, Units
 
 BATCH_S = 120.0  # audio that is encoded together; units do not depend on it
+_LONG_S = 600.0  # longer recordings are encoded while they are read, in memory that does not grow with them
+_LONG_BYTES = 1 << 20  # smaller files are not opened to see how long they are
 _SEGMENT_TOLERANCE_S = 0.1  # corpora round their times: how far a segment may reach past its recording
 
 
@@ -137,9 +139,13 @@ class Preparer:
                 work.fields["text"] = row.text
                 work.fields["text_ids"], work.fields["word_token_counts"] = encode_words(self.text_tokenizer, row.text)
             if row.audio is not None and self.speech_tokenizer is not None:
-                rate_hz = self.speech_tokenizer.sample_rate_hz
-                work.audio = read_audio(row, self.audio_folder, rate_hz)
-                work.fields["seconds"] = len(work.audio) / rate_hz
+                needs_alignment = self.aligner is not None and row.text is not None and row.word_ends_s is None
+                if not needs_alignment and is_long(row, self.audio_folder):
+                    self._encode_stream(work, self.speech_tokenizer)
+                else:
+                    rate_hz = self.speech_tokenizer.sample_rate_hz
+                    work.audio = read_audio(row, self.audio_folder, rate_hz)
+                    work.fields["seconds"] = len(work.audio) / rate_hz
             if row.word_ends_s is not None:
                 work.fields["word_ends_s"] = np.array(row.word_ends_s, dtype=np.float32)
             elif self.aligner is not None and row.text is not None and work.audio is not None:
@@ -147,6 +153,24 @@ class Preparer:
         except ValueError as error:
             work.error, work.audio = error, None
         return work
+
+    def _encode_stream(self, work: _Work, tokenizer: SpeechTokenizer) -> None:
+        """Units of a long recording; they are the same as if it were read at once."""
+        num_samples = 0
+
+        def counted(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+            nonlocal num_samples
+            for block in blocks:
+                num_samples += len(block)
+                yield block
+
+        name = str((self.audio_folder or Path()) / str(work.row.audio))
+        try:
+            units = tokenizer.encode_stream(counted(stream_audio(name, sample_rate_hz=tokenizer.sample_rate_hz)))
+        except AudioError as error:
+            raise AudioError(str(error).replace(name, work.row.source)) from error
+        work.fields |= {"units": units.units, "unit_durations": units.durations}
+        work.fields["seconds"] = num_samples / tokenizer.sample_rate_hz
 
     def _align(self, work: _Work, aligner: Aligner, text: str) -> None:
         audio = work.audio
@@ -206,6 +230,20 @@ def blocks_of(rows: Iterable[SourceRow], rows_per_block: int) -> Iterator[Iterat
                 yield row
 
         yield run()
+
+
+def is_long(row: SourceRow, audio_folder: Path | None) -> bool:
+    """Whether the audio of a row is a file of its own that is better not read at once."""
+    if not isinstance(row.audio, str) or (row.start_s, row.end_s, row.byte_range) != (None, None, None):
+        return False
+    path = (audio_folder or Path()) / row.audio
+    try:
+        if path.stat().st_size < _LONG_BYTES:
+            return False
+        with open(path, "rb") as file:
+            return soundfile.info(file).duration > _LONG_S
+    except (OSError, soundfile.LibsndfileError):
+        return False  # reading it says what is wrong
 
 
 def read_audio(row: SourceRow, audio_folder: Path | None, sample_rate_hz: int) -> np.ndarray:
