@@ -36,7 +36,6 @@ _ARCHITECTURE = (
     "head_dim",
     "hidden_act",
     "norm_eps",
-    "rope_parameters",
     "sliding_window",
 )
 
@@ -116,6 +115,7 @@ class MimiTokenizer(NeuralTokenizer):
             if name.startswith(("input_proj.", "layers.0."))
         }
         architecture = {name: getattr(config, name) for name in _ARCHITECTURE}
+        architecture |= {name: config.rope_parameters[name] for name in ("rope_type", "rope_theta")}
         self.fingerprint = fingerprint(
             self.kind,
             asdict(settings) | architecture,
