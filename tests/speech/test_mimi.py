@@ -112,8 +112,16 @@ def test_only_what_makes_units_counts(tokenizer: MimiTokenizer) -> None:
         model.quantizer.semantic_residual_vector_quantizer.layers[0].codebook.embed_sum[0] += 1
     assert tiny_mimi_tokenizer(model).fingerprint != tokenizer.fingerprint
     assert MimiTokenizer(tiny_mimi()).fingerprint != tokenizer.fingerprint  # other windows
-    others = [tiny_mimi_tokenizer(tiny_mimi(**{name: 40})) for name in ("sliding_window",)]
-    assert tokenizer.fingerprint not in [other.fingerprint for other in others]
+    assert tiny_mimi_tokenizer(tiny_mimi(sliding_window=40)).fingerprint != tokenizer.fingerprint
+
+
+def test_the_callers_model_is_left_alone_whatever_it_is_in() -> None:
+    model = tiny_mimi().to(torch.bfloat16).train()
+    tokenizer = tiny_mimi_tokenizer(model)
+    assert model.training
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.model.dtype == torch.float32
+    assert len(tokenizer.encode(sound(2)).units) > 1
 
 
 def test_changed_weights_and_settings_are_refused(tokenizer: MimiTokenizer, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 Mimi's decoder speaks them: `smoltolk.speech.mimi_vocoder`.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,6 @@ _ARCHITECTURE = (
     "head_dim",
     "hidden_act",
     "norm_eps",
-    "rope_parameters",
     "sliding_window",
 )
 
@@ -65,7 +65,7 @@ class MimiTokenizer(NeuralTokenizer):
     """The first codebook of a Mimi model.
 
     Args:
-        model: `MimiModel` of transformers, with its encoder.
+        model: `MimiModel` of transformers, with its encoder; a copy is kept, decoder and all.
         settings: how it hears.
         device: where the encoder runs.
         dtype: "float32", "bfloat16" or "float16", what the encoder computes in.
@@ -101,24 +101,28 @@ class MimiTokenizer(NeuralTokenizer):
             left_context_frames=round(settings.context_s * frames_per_s),
             right_context_frames=0,
         )
-        super().__init__(
-            model.eval().requires_grad_(False), settings, grid, device=device, dtype=dtype, batch_size=batch_size
-        )
+        kept: Any = copy.deepcopy(model)
+        kept.to("cpu", torch.float32).eval().requires_grad_(False)
+        for part in kept.quantizer.modules():
+            if hasattr(part, "_embed"):  # codebook entries that were worked out before, perhaps elsewhere
+                part._embed = None
+        super().__init__(kept, settings, grid, device=device, dtype=dtype, batch_size=batch_size)
         self.num_units = config.codebook_size
-        quantizer = model.quantizer.semantic_residual_vector_quantizer
-        weights = {f"encoder.{name}": weight for name, weight in model.encoder.state_dict().items()}
+        quantizer = kept.quantizer.semantic_residual_vector_quantizer
+        weights = {f"encoder.{name}": weight for name, weight in kept.encoder.state_dict().items()}
         weights |= {
             f"quantizer.{name}": weight
             for name, weight in quantizer.state_dict().items()
             if name.startswith(("input_proj.", "layers.0."))
         }
         architecture = {name: getattr(config, name) for name in _ARCHITECTURE}
+        architecture |= {name: config.rope_parameters[name] for name in ("rope_type", "rope_theta")}
         self.fingerprint = fingerprint(
             self.kind,
             asdict(settings) | architecture,
-            {name: weight.float().numpy() for name, weight in weights.items()},
+            {name: weight.numpy() for name, weight in weights.items()},
         )
-        self._encoder = placed(model.encoder, self.device, self.dtype)
+        self._encoder = placed(kept.encoder, self.device, self.dtype)
         self._quantizer = placed(quantizer, self.device, torch.float32)
 
     @classmethod

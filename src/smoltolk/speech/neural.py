@@ -133,8 +133,9 @@ class NeuralTokenizer(SpeechTokenizer):
         dtype: "float32", "bfloat16" or "float16", what the network computes in; distances to centroids are
             always float32.
         batch_size: full windows that are computed at once, exactly so many each time: missing ones are filled up
-            with silence, so that the shape stays the same. Other windows are computed alone. More than 1 pays on
-            a GPU, for long audio.
+            with silence, so that the shape stays the same. Other windows are computed alone. On the CPU it is no
+            faster. On a GPU it can be, for long audio; the units are then the same in any batch as long as the
+            kernels compute all rows alike, as those of the CPU do.
     """
 
     def __init__(
