@@ -6,6 +6,7 @@ give one time for each word of `text.split()`, or say why they cannot.
 
 import hashlib
 import json
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,7 @@ import numpy as np
 from smoltolk.speech.pronunciation import pronounce
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ´`", "'"))
-_PUNCTUATION_CATEGORIES = "P"
-_SPOKEN_MARKS = frozenset("&%@#*/\\")  # Unicode calls them punctuation, but who reads them aloud says a word
+_SPOKEN_MARKS = frozenset("&%@#")  # Unicode calls them punctuation, but who reads them aloud says a word
 
 
 class AlignmentError(ValueError):
@@ -172,7 +172,7 @@ class PocketsphinxAligner(Aligner):
     # Wider than the decoder's own (1e-48), which lose one in ten reverberant recordings. `bestpath` would put a
     # lattice search behind the alignment that drops words; `compallsen` makes scores relative to all phones.
     _SEARCH: ClassVar[dict[str, Any]] = {
-        **{"lm": None, "bestpath": False, "compallsen": True, "cmn": "batch"},
+        **{"lm": None, "bestpath": False, "compallsen": True},
         **{"beam": 1e-80, "pbeam": 1e-80, "wbeam": 1e-60},
     }
     _SCORE_SCALE = 1024  # the decoder keeps log-likelihoods in units of 2**10
@@ -204,9 +204,10 @@ class PocketsphinxAligner(Aligner):
         if not entries:
             raise AlignmentError(f"text {' '.join(words)[:80]!r} has no words that are spoken: correct the text")
         segments = self._search(audio, entries)
-        is_word = np.array([not segment.word.startswith(("<", "[")) for segment in segments])
-        if [segment.word.partition("(")[0] for segment in np.array(segments)[is_word]] != entries:
+        found = [segment.word.partition("(")[0] for segment in segments if not _is_silence(segment)]
+        if found != entries:
             raise AlignmentError("pocketsphinx found no way through the audio: the text is perhaps not what is said")
+        is_word = np.array([not _is_silence(segment) for segment in segments])
         starts = np.array([segment.start_frame for segment in segments])
         ends = np.array([segment.end_frame + 1 for segment in segments])
         scores = np.log(np.maximum([segment.ascore for segment in segments], np.finfo(float).tiny))
@@ -225,6 +226,7 @@ class PocketsphinxAligner(Aligner):
         noise = np.random.default_rng(seed).normal(0, 10 ** (self._NOISE_DBFS / 20), len(audio))
         audio = audio * (10 ** (self._LEVEL_DBFS / 20) / level) + noise
         samples = (np.clip(audio, -1, 1) * 32767).astype("<i2").tobytes()
+        self._decoder.reinit_feat()  # else its noise reduction goes on from the utterance before
         self._decoder.set_align_text(" ".join(entries))
         self._decoder.start_utt()
         try:
@@ -250,7 +252,7 @@ class PocketsphinxAligner(Aligner):
         # With its full stops, an abbreviation is another word: "u.s." is no "us". So with apostrophes: "'em".
         ending = core + "." if "." in core else core
         for form in (plain, _strip_punctuation(plain, keep="'"), ending, core):
-            if self._decoder.lookup_word(form) is not None and not form.startswith(("<", "[")):
+            if re.fullmatch("[a-z'.-]+", form) and self._decoder.lookup_word(form) is not None:
                 return [form]
         parts = "".join(c if c == "'" or not _is_punctuation(c) else " " for c in core).split()
         return [self._entry(part, word) for part in parts if part.strip("'")]
@@ -268,6 +270,11 @@ class PocketsphinxAligner(Aligner):
         phones = pronounce(part) if known is None else f"{known} {_possessive(known)}"
         self._decoder.add_word(part, phones, update=False)
         return part
+
+
+def _is_silence(segment: Any) -> bool:
+    """Whether a segment is a silence or a noise, which the dictionary writes in brackets."""
+    return segment.word.startswith(("<", "["))
 
 
 def _possessive(phones: str) -> str:
@@ -299,7 +306,7 @@ def _merge_parts(starts_s: np.ndarray, ends_s: np.ndarray, num_parts: Sequence[i
 
 
 def _is_punctuation(character: str) -> bool:
-    return unicodedata.category(character)[0] == _PUNCTUATION_CATEGORIES and character not in _SPOKEN_MARKS
+    return unicodedata.category(character)[0] == "P" and character not in _SPOKEN_MARKS
 
 
 def _strip_punctuation(word: str, keep: str = "") -> str:
@@ -498,8 +505,7 @@ def ctc_forced_alignment(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The best path of a token sequence through the CTC lattice (Graves et al. 2006), by Viterbi.
 
-    A token lasts one frame or more; blanks may stand anywhere, and must stand between equal neighbours. Among
-    paths of equal probability, the one whose tokens come latest is taken.
+    A token lasts one frame or more; blanks may stand anywhere, and must stand between equal neighbours.
 
     Args:
         log_probabilities: (frames, vocab).
