@@ -222,7 +222,7 @@ class PocketsphinxAligner(Aligner):
         if level == 0:
             raise AlignmentError("the audio is silent: leave it out or record it again")
         # The seed is the audio's own, so that the times do not depend on what was aligned before.
-        seed = int.from_bytes(hashlib.sha256(np.ascontiguousarray(audio)).digest()[:8])
+        seed = int.from_bytes(hashlib.sha256(audio.tobytes()).digest()[:8])
         noise = np.random.default_rng(seed).normal(0, 10 ** (self._NOISE_DBFS / 20), len(audio))
         audio = audio * (10 ** (self._LEVEL_DBFS / 20) / level) + noise
         samples = (np.clip(audio, -1, 1) * 32767).astype("<i2").tobytes()
@@ -370,7 +370,7 @@ class CtcAligner(Aligner):
             self._stride *= stride
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         special = {*tokenizer.all_special_tokens, "<s>", "</s>", "<pad>", "<unk>"}
-        delimiter = getattr(tokenizer, "word_delimiter_token", None)
+        delimiter = getattr(tokenizer, "word_delimiter_token", None) or "|"
         vocabulary = tokenizer.get_vocab()
         self._blank = int(config.pad_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         self._delimiter = vocabulary.get(delimiter)
@@ -421,7 +421,8 @@ class CtcAligner(Aligner):
         for first in range(0, num_frames, window):
             last = min(first + window, num_frames)
             begin, end = max(0, first - context), min(last + context, num_frames)
-            samples = audio[begin * self._stride : (end - 1) * self._stride + self._receptive_field]
+            stop = len(audio) if end == num_frames else (end - 1) * self._stride + self._receptive_field
+            samples = audio[begin * self._stride : stop]
             inputs = torch.from_numpy(samples.astype(np.float32))[None].to(model.device)
             with torch.inference_mode():
                 logits = model(inputs).logits[0, first - begin : last - begin]
