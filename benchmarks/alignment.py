@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from benchmarks.english_sentences import sentences
 
-from smoltolk.speech.alignment import AlignmentError, PocketsphinxAligner
+from smoltolk.speech.alignment import AlignmentError
 from smoltolk.speech.audio import load_audio
+from smoltolk.speech.pocketsphinx_aligner import PocketsphinxAligner
 from smoltolk.speech.pronunciation import pronounce
 from smoltolk.speech.synthesis import EspeakSynthesizer
 

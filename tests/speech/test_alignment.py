@@ -10,20 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
-
-from smoltolk.speech.alignment import (
-    WILDCARD,
-    AlignmentError,
-    CtcAligner,
-    PocketsphinxAligner,
-    TimedWord,
-    align_words,
-    ctc_forced_alignment,
-    joined_text,
-    make_aligner,
+from transformers import (
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
 )
+
+from smoltolk.speech.alignment import AlignmentError, TimedWord, align_words, joined_text, make_aligner
 from smoltolk.speech.audio import load_audio
+from smoltolk.speech.ctc_aligner import WILDCARD, CtcAligner, ctc_forced_alignment
+from smoltolk.speech.pocketsphinx_aligner import PocketsphinxAligner
 from smoltolk.speech.pronunciation import pronounce
 from smoltolk.speech.synthesis import EspeakSynthesizer
 
@@ -376,9 +374,17 @@ def test_lower_case_vocabularies_get_lower_case_words(tmp_path):
     assert words.tolist() == [0, 0, -1, 1]
 
 
-def test_a_model_without_letters_or_waveforms_is_refused(tmp_path):
+def test_a_model_that_cannot_be_used_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no letters"):
-        CtcAligner(str(save_model(tmp_path / "model", letters="123")))
+        CtcAligner(str(save_model(tmp_path / "digits", letters="123")))
+    with pytest.raises(ValueError, match="adapter that changes its frame rate"):
+        CtcAligner(str(save_model(tmp_path / "adapter", add_adapter=True)))
+    folder = save_model(tmp_path / "mel")
+    SeamlessM4TFeatureExtractor().save_pretrained(folder)
+    with pytest.raises(ValueError, match="does not take waveforms"):
+        CtcAligner(str(folder))
+    with pytest.raises(OSError, match="missing"):
+        CtcAligner(str(tmp_path / "missing"))
 
 
 def test_a_fingerprint_follows_weights_and_settings(ctc_folder, tmp_path):

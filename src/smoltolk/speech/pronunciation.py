@@ -1,5 +1,6 @@
 """English pronunciations by spelling rules, for words that a dictionary does not know."""
 
+import hashlib
 import re
 
 # Spellings and their ARPABET phones; of the rules that fit at a letter, the first counts. Lower case letters only;
@@ -164,6 +165,9 @@ _RULES = (
 )
 _COMPILED = [(re.compile(spelling), phones) for spelling, phones in _RULES]
 _SILENT = re.compile("['<>]")
+
+# Changes with the rules: times that rest on them must not be mixed with others.
+RULES_SHA256 = hashlib.sha256(repr(_RULES).encode()).hexdigest()
 
 LETTER_NAMES = {
     **{"a": "EY", "b": "B IY", "c": "S IY", "d": "D IY", "e": "IY", "f": "EH F", "g": "JH IY", "h": "EY CH", "i": "AY"},
