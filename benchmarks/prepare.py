@@ -46,9 +46,9 @@ def make_audio(seconds: float, rate_hz: int, rng: np.random.Generator) -> np.nda
 def text_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of words."""
     vocabulary = {f"w{number}": number for number in range(1000)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))  # noqa: S106
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")  # noqa: S106
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
 
 
 def write_corpus(folder: Path, seconds: float, total_s: float, rate_hz: int, seed: int) -> Path:
