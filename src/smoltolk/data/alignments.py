@@ -6,7 +6,8 @@ Every reader gives timed words; `smoltolk.speech.alignment.align_words` puts the
 import gzip
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,48 @@ def read_alignment(
     if name.endswith(".json"):
         return read_json(path, seconds=seconds)
     raise AlignmentError(f"{path} is of no known kind: give .json, .TextGrid, .ctm, .jsonl or .jsonl.gz")
+
+
+def words_of_utterance(path: Path, names: Sequence[str]) -> list[TimedWord]:
+    """The timed words of one utterance from a file of it alone, or of many; the last few files are kept.
+
+    Args:
+        path: the file.
+        names: what a file of many utterances may call this one; the first that is there counts.
+
+    Raises:
+        AlignmentError: see `read_alignment`; or the file does not have the utterance.
+    """
+    found, errors = _kept(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    if isinstance(found, list):
+        return found
+    for name in names:
+        if name in errors:
+            raise errors[name]
+        if name in found:
+            return found[name]
+    raise AlignmentError(f"{path} has no words of {' or '.join(map(repr, names))}: align it")
+
+
+@lru_cache(maxsize=4)
+def _kept(
+    path: Path, _modified_ns: int
+) -> tuple[list[TimedWord] | dict[str, list[TimedWord]], dict[str, AlignmentError]]:
+    errors: dict[str, AlignmentError] = {}
+    try:
+        return read_alignment(path, on_error=errors.__setitem__), errors
+    except OSError as error:
+        raise AlignmentError(f"{path} cannot be read ({error.strerror}): correct the path") from error
+
+
+def cut_words(cut: Mapping[str, Any], where: str) -> list[TimedWord] | None:
+    """The timed words of a lhotse cut, None if it has none; see `read_cuts`.
+
+    Raises:
+        AlignmentError: a time cannot be right; see `read_alignment`.
+    """
+    entries = _cut_entries(cut["supervisions"])
+    return None if entries is None else _checked(entries, where, _number(cut["duration"]))
 
 
 def read_json(path: str | Path, *, seconds: float | None = None) -> list[TimedWord]:

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import soundfile
 from transformers import PreTrainedTokenizerBase
 
+from smoltolk.data.alignments import words_of_utterance
 from smoltolk.data.sources import SourceRow
 from smoltolk.data.text import encode_words
 from smoltolk.data.utterance import StoreMetadata, Utterance, check_utterance
+from smoltolk.speech.alignment import Aligner, AlignmentError, align_words, joined_text
 from smoltolk.speech.audio import AudioError, load_audio, stream_audio
 from smoltolk.speech.units import SpeechTokenizer, Units
 
@@ -26,32 +28,6 @@ BATCH_S = 120.0  # audio that is encoded together; units do not depend on it
 _LONG_S = 600.0  # longer recordings are encoded while they are read, in memory that does not grow with them
 _LONG_BYTES = 1 << 20  # smaller files are not opened to see how long they are
 _SEGMENT_TOLERANCE_S = 0.1  # corpora round their times: how far a segment may reach past its recording
-
-
-class Alignment(Protocol):
-    """Where the words of a text are in its audio."""
-
-    @property
-    def word_ends_s(self) -> Any:
-        """When each word ends, in seconds (num_words,)."""
-
-    @property
-    def confidence(self) -> float | None:
-        """How sure the aligner is, 0 … 1."""
-
-
-class Aligner(Protocol):
-    """Finds the words of a text in its audio; can be pickled."""
-
-    sample_rate_hz: int
-    fingerprint: str
-
-    def align(self, audio: np.ndarray, text: str) -> Alignment:
-        """Word times of a text in a waveform, float32 (samples,).
-
-        Raises:
-            ValueError: the words cannot be found; the reason for the quarantine.
-        """
 
 
 @dataclass(frozen=True)
@@ -134,6 +110,7 @@ class Preparer:
         try:
             if row.error is not None:
                 raise ValueError(row.error)
+            row = with_word_times(row, self.audio_folder)
             if row.text is not None and self.text_tokenizer is not None:
                 check_text(row.text)
                 work.fields["text"] = row.text
@@ -217,6 +194,24 @@ class Preparer:
             if len(audios) == 1:
                 return [error]
         return [units for work in spoken for units in self._units([work])]  # one of them is bad: each by itself
+
+
+def with_word_times(row: SourceRow, audio_folder: Path | None) -> SourceRow:
+    """The row with the word times of its alignment file; where it has no text, with the words of that file.
+
+    Raises:
+        AlignmentError: the file cannot be used, or has other words.
+    """
+    if row.alignment is None:
+        return row
+    path = (audio_folder or Path()) / row.alignment
+    try:
+        words = words_of_utterance(path, (row.id, Path(str(row.audio)).stem))
+        text = joined_text(words) if row.text is None else row.text
+        ends_s = align_words(words, text)
+    except AlignmentError as error:
+        raise AlignmentError(str(error).replace(str(path), row.alignment)) from error
+    return row._replace(text=text, word_ends_s=tuple(ends_s.tolist()))
 
 
 def blocks_of(rows: Iterable[SourceRow], rows_per_block: int) -> Iterator[Iterator[SourceRow]]:

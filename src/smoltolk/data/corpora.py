@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from smoltolk.data.alignments import cut_words
 from smoltolk.data.hub import HubSource
 from smoltolk.data.sources import (
     RowSource,
@@ -24,6 +25,7 @@ from smoltolk.data.sources import (
     path_inside,
     walk,
 )
+from smoltolk.speech.alignment import AlignmentError, align_words
 
 MAX_SEGMENT_S = 60.0  # Libri-Light's files are chapters: they are cut at pauses into parts of at most this
 
@@ -239,9 +241,18 @@ def libriheavy(cuts: Path, audio_folder: Path | None = None) -> RowSource:
                 )
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise ValueError(f"{where} is no cut of Libriheavy ({error!r}): give its cuts") from None
-            yield row._replace(audio=path_inside(folder, audio, where))
+            yield _with_cut_words(row._replace(audio=path_inside(folder, audio, where)), cut, where)
 
     return RowSource(f"libriheavy:{cuts}", read, folder)
+
+
+def _with_cut_words(row: SourceRow, cut: dict[str, Any], where: str) -> SourceRow:
+    """A row with the word times that its cut may hold; as published, Libriheavy has none."""
+    try:
+        words = cut_words(cut, where)
+        return row if words is None else row._replace(word_ends_s=tuple(align_words(words, row.text).tolist()))
+    except AlignmentError as error:
+        return row._replace(error=str(error))
 
 
 def peoples_speech(root: Path) -> RowSource:

@@ -15,7 +15,7 @@ from typing import Literal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from smoltolk.data.blocks import BATCH_S, Aligner, Preparer
+from smoltolk.data.blocks import BATCH_S, Preparer
 from smoltolk.data.corpora import open_source
 from smoltolk.data.engines import Job, run_here, run_processes, run_ray
 from smoltolk.data.sources import Piece, Scan, Source
@@ -24,6 +24,7 @@ from smoltolk.data.summary import PrepareSummary, read_summary
 from smoltolk.data.text import tokenizer_fingerprint
 from smoltolk.data.utterance import FORMAT_VERSION, StoreMetadata
 from smoltolk.data.work_folder import WorkFolder
+from smoltolk.speech.alignment import Aligner
 from smoltolk.speech.units import SpeechTokenizer
 
 

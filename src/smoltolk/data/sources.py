@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
-STRING_COLUMNS = ("id", "audio", "text", "speaker", "split")
+STRING_COLUMNS = ("id", "audio", "text", "alignment", "speaker", "split")
 COLUMNS = (*STRING_COLUMNS, "word_ends_s", "start_s", "end_s")
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"})
 _MAX_CELL_CHARACTERS = 1 << 30  # of CSV; its own limit of 131,072 is less than a book
@@ -38,6 +38,7 @@ class SourceRow(NamedTuple):
         byte_range: first byte and number of bytes of the recording in the file `audio`, such as a tar archive.
         text: the transcript.
         word_ends_s: when each word ends, in seconds from the start of the utterance.
+        alignment: file with timed words of another program (`smoltolk.data.alignments`), as a path like `audio`.
         speaker: who speaks.
         split: the split it belongs to, None to draw one.
         error: why the row cannot be used, if reading it has already shown that.
@@ -51,6 +52,7 @@ class SourceRow(NamedTuple):
     byte_range: tuple[int, int] | None = None
     text: str | None = None
     word_ends_s: tuple[float, ...] | None = None
+    alignment: str | None = None
     speaker: str | None = None
     split: str | None = None
     error: str | None = None
@@ -184,9 +186,9 @@ def manifest_source(
     """A JSONL or CSV manifest, gzipped or not.
 
     Its columns are "audio" and "text" (one of them may be missing or empty) and, where wanted, "id",
-    "word_ends_s" (a JSON list of seconds), "start_s" and "end_s" (the part of the recording), "speaker" and
-    "split". All audio has to be in one folder: a manifest from elsewhere must not make units of any file on this
-    machine, which are then shared with the store.
+    "word_ends_s" (a JSON list of seconds) or "alignment" (a file with timed words), "start_s" and "end_s" (the part
+    of the recording), "speaker" and "split". All audio has to be in one folder: a manifest from elsewhere must not
+    make units of any file on this machine, which are then shared with the store.
 
     Args:
         path: the manifest.
@@ -375,6 +377,9 @@ def _manifest_row(fields: dict[str, Any], where: str, folder: Path) -> SourceRow
     times = _seconds(fields, "word_ends_s", where)
     if times is not None and not isinstance(times, list):
         raise ValueError(f"{where}: word_ends_s is {times!r}: give a JSON list of seconds")
+    alignment = fields.get("alignment") or None
+    if alignment is not None and (audio is None or times is not None):
+        raise ValueError(f"{where}: alignment is {alignment!r} without audio or beside word_ends_s: leave it out")
     cut = {name: _seconds(fields, name, where) for name in ("start_s", "end_s")}
     for name, value in cut.items():
         if isinstance(value, list):
@@ -388,6 +393,7 @@ def _manifest_row(fields: dict[str, Any], where: str, folder: Path) -> SourceRow
         audio=None if audio is None else path_inside(folder, audio, where),
         text=fields.get("text"),
         word_ends_s=None if times is None else tuple(times),
+        alignment=None if alignment is None else path_inside(folder, alignment, where),
         speaker=fields.get("speaker"),
         split=fields.get("split"),
         **cut,
