@@ -85,7 +85,7 @@ class MimiTokenizer(NeuralTokenizer):
         dtype: str | torch.dtype = "float32",
         batch_size: int = 1,
     ) -> None:
-        config = model.config
+        config: Any = model.config
         if model.encoder is None:
             raise ValueError("the Mimi model has no encoder: give a whole one")
         if not config.use_causal_conv:
