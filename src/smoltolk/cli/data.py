@@ -30,7 +30,7 @@ def _add_prepare(commands: Any) -> None:
     prepare.add_argument("--aligner-model", help="folder or name of the aligner's model")
     prepare.add_argument("--min-confidence", type=float, help="quarantine alignments below this")
     prepare.add_argument("--workers", type=int, default=1, help="processes, or Ray actors")
-    prepare.add_argument("--device", default="cpu", help="where a neural speech tokenizer runs")
+    prepare.add_argument("--device", help="where a neural speech tokenizer runs in each worker, such as cuda")
     prepare.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="what it computes in"
     )
@@ -60,6 +60,7 @@ def _prepare(options: argparse.Namespace) -> None:
     from smoltolk.data.corpora import open_source
     from smoltolk.data.prepare import prepare
     from smoltolk.data.summary import PICTURE, draw
+    from smoltolk.speech.units import load_speech_tokenizer
 
     optional = {"rows_per_shard": options.rows_per_shard, "batch_s": options.batch_seconds}
     summary = prepare(
@@ -69,13 +70,15 @@ def _prepare(options: argparse.Namespace) -> None:
             audio_folder=options.audio_folder,
         ),
         options.output,
-        speech_tokenizer=_load_speech_tokenizer(options),
+        speech_tokenizer=None if options.speech_tokenizer is None else load_speech_tokenizer(options.speech_tokenizer),
         text_tokenizer=_load_text_tokenizer(options.text_tokenizer),
         aligner=_make_aligner(options),
         validation_share=options.validation_share,
         workers=options.workers,
         engine=options.engine,
         gpus_per_worker=options.gpus_per_worker,
+        device=options.device,
+        dtype=options.dtype,
         part=options.part,
         join=options.join,
         **{name: value for name, value in optional.items() if value is not None},
@@ -101,14 +104,6 @@ def _prepare(options: argparse.Namespace) -> None:
         draw(summary, options.output / PICTURE)
     except ImportError as error:
         print(f"no picture: {error}")
-
-
-def _load_speech_tokenizer(options: argparse.Namespace) -> Any:
-    if options.speech_tokenizer is None:
-        return None
-    from smoltolk.speech.units import load_speech_tokenizer
-
-    return load_speech_tokenizer(options.speech_tokenizer, device=options.device, dtype=options.dtype)
 
 
 def _load_text_tokenizer(name: str | None) -> Any:

@@ -69,6 +69,8 @@ class Preparer:
         aligner: finds word times for rows with text and audio but without them, None to leave them out.
         validation_share: share of the rows that become the split "validation".
         batch_s: audio that is encoded together.
+        device: where a neural speech tokenizer runs, in every process that does the work; None for where it is.
+        dtype: what it computes in there.
     """
 
     metadata: StoreMetadata
@@ -78,6 +80,13 @@ class Preparer:
     aligner: Aligner | None = None
     validation_share: float = 0.0
     batch_s: float = BATCH_S
+    device: str | None = None
+    dtype: str = "float32"
+
+    def start(self) -> None:
+        """To be called once in each process, before its first block."""
+        if self.speech_tokenizer is not None and self.device is not None:
+            self.speech_tokenizer.to(self.device, self.dtype)
 
     def prepare(self, rows: Iterable[SourceRow], *, on_row: Callable[[], object] = lambda: None) -> Block:
         """Prepare the rows of one block; holds the audio of one batch at a time."""

@@ -78,6 +78,7 @@ class _Report:
 
 def run_here(job: Job, work: Work, on_rows: OnRows) -> None:
     """Work in this process."""
+    job.preparer.start()
     for number, piece in work:
         job.do(number, piece, on_rows)
 
@@ -144,6 +145,11 @@ def _serve(connection: Connection) -> None:
     connection.send("started")
     job = connection.recv()
     assert isinstance(job, Job)
+    try:
+        job.preparer.start()
+    except ValueError as error:
+        connection.send(error)
+        return
     while (task := connection.recv()) is not None:
         try:
             number, piece = task
@@ -221,6 +227,7 @@ class _Actor:
     def __init__(self, job: Job) -> None:
         _one_thread()
         self._job = job
+        job.preparer.start()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         counts: list[int] = []

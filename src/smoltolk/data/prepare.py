@@ -38,6 +38,8 @@ def prepare(
     validation_share: float = 0.0,
     rows_per_shard: int = ROWS_PER_SHARD,
     batch_s: float = BATCH_S,
+    device: str | None = None,
+    dtype: str = "float32",
     workers: int = 1,
     engine: Literal["local", "ray"] = "local",
     gpus_per_worker: float = 0.0,
@@ -66,6 +68,8 @@ def prepare(
             others are "train". Rows that name their split keep it.
         rows_per_shard: rows in a block, the most that a kill can lose per worker.
         batch_s: audio in seconds that is encoded together; the result does not depend on it.
+        device: where a neural speech tokenizer runs, in each worker; by default where it is.
+        dtype: what it computes in there: "float32", "bfloat16" or "float16".
         workers: number of local processes, or of Ray actors.
         engine: "local" for processes on this machine, "ray" for Ray.
         gpus_per_worker: GPUs for each Ray actor.
@@ -105,7 +109,15 @@ def prepare(
         "rows_per_shard": rows_per_shard,
     }
     preparer = Preparer(
-        metadata, source.audio_folder, text_tokenizer, speech_tokenizer, aligner, validation_share, batch_s
+        metadata,
+        source.audio_folder,
+        text_tokenizer,
+        speech_tokenizer,
+        aligner,
+        validation_share,
+        batch_s,
+        device,
+        dtype,
     )
     folder = WorkFolder(Path(output))
     job = Job(preparer, folder, rows_per_shard)

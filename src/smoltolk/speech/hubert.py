@@ -147,8 +147,12 @@ class HubertTokenizer(NeuralTokenizer):
         self.fingerprint = fingerprint(
             self.kind, asdict(settings) | architecture, weights | {"centroids": self.centroids}
         )
-        points = torch.from_numpy(self.centroids).to(self.device)
-        self._points, self._squares = points, points.square().sum(dim=1)
+        self._place()
+
+    def _place(self) -> None:
+        self._features.to(self.device, self.dtype)
+        self._points = torch.from_numpy(self.centroids).to(self.device)
+        self._squares = self._points.square().sum(dim=1)
 
     @classmethod
     def from_pretrained(
@@ -356,13 +360,18 @@ class _Features:
             raise ValueError(
                 f"layer is {settings.layer}, but the model has {config.num_hidden_layers} layers: choose one of them"
             )
-        self.device, self._dtype, self._is_normalized = device, dtype, settings.is_normalized
+        self._is_normalized = settings.is_normalized
         kept: Any = copy.deepcopy(model)
         kept.to("cpu", torch.float32).eval().requires_grad_(False)
         del kept.encoder.layers[settings.layer :]
         kept.config.num_hidden_layers = settings.layer
         self.model = kept
         self.grid = _grid(config, settings)
+        self.to(device, dtype)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Compute there from now on."""
+        self.device, self._dtype = device, dtype
         self._network = placed(self.model, device, dtype)
 
     def __call__(self, waveforms: Tensor) -> Tensor:

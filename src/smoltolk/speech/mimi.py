@@ -86,7 +86,7 @@ class MimiTokenizer(NeuralTokenizer):
         dtype: str | torch.dtype = "float32",
         batch_size: int = 1,
     ) -> None:
-        config = model.config
+        config: Any = model.config
         if model.encoder is None:
             raise ValueError("the Mimi model has no encoder: give a whole one")
         if not config.use_causal_conv:
@@ -108,7 +108,7 @@ class MimiTokenizer(NeuralTokenizer):
                 part._embed = None
         super().__init__(kept, settings, grid, device=device, dtype=dtype, batch_size=batch_size)
         self.num_units = config.codebook_size
-        quantizer = kept.quantizer.semantic_residual_vector_quantizer
+        quantizer = self._semantic_quantizer()
         weights = {f"encoder.{name}": weight for name, weight in kept.encoder.state_dict().items()}
         weights |= {
             f"quantizer.{name}": weight
@@ -122,8 +122,15 @@ class MimiTokenizer(NeuralTokenizer):
             asdict(settings) | architecture,
             {name: weight.numpy() for name, weight in weights.items()},
         )
-        self._encoder = placed(kept.encoder, self.device, self.dtype)
-        self._quantizer = placed(quantizer, self.device, torch.float32)
+        self._place()
+
+    def _semantic_quantizer(self) -> Any:
+        model: Any = self.model
+        return model.quantizer.semantic_residual_vector_quantizer
+
+    def _place(self) -> None:
+        self._encoder = placed(self.model.encoder, self.device, self.dtype)
+        self._quantizer = placed(self._semantic_quantizer(), self.device, torch.float32)
 
     @classmethod
     def from_pretrained(

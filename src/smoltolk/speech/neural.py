@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -154,6 +154,16 @@ class NeuralTokenizer(SpeechTokenizer):
         self.device, self.dtype = check_device(device), check_dtype(dtype)
         self.unit_rate_hz = self.sample_rate_hz / grid.hop_samples
         self._grid = grid
+
+    def to(self, device: str, dtype: str = "float32") -> Self:
+        """Compute elsewhere, or in another precision, from now on; see `SpeechTokenizer.to`."""
+        self.device, self.dtype = check_device(device), check_dtype(dtype)
+        self._place()
+        return self
+
+    @abstractmethod
+    def _place(self) -> None:
+        """Put what is computed with on the device."""
 
     @abstractmethod
     def _frame_units(self, waveforms: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,19 @@ class SpeechTokenizer(ABC):
             ValueError: the waveform is shorter than one frame, or a block is not finite or of the wrong shape.
         """
 
+    def to(self, device: str, dtype: str = "float32") -> Self:
+        """Compute elsewhere, or in another precision, from now on; gives itself back.
+
+        Raises:
+            ValueError: PyTorch cannot use the device.
+        """
+        if (device, dtype) != ("cpu", "float32"):
+            warnings.warn(
+                f"a {self.kind!r} tokenizer has no network: device {device} and dtype {dtype} have no effect",
+                stacklevel=2,
+            )
+        return self
+
     @abstractmethod
     def save(self, path: str | Path) -> None:
         """Write the tokenizer to a folder that `load_speech_tokenizer` reads."""
