@@ -203,14 +203,22 @@ def _training(record: Mapping[str, Any] | None) -> Iterator[str]:
     yield from _table(columns, stages)
     yield ""
     data = recipe["data"]
-    stores = [
-        (task, ", ".join(f"{public_name(share['store'])} ({share['weight']:g})" for share in data[task]))
-        for task in ("interleaved", "speech", "text")
-    ]
-    yield from _table(("task", "stores (weight)"), [row for row in stores if row[1]])
+    stores = []
+    for task, shares in data.items():
+        if isinstance(shares, list) and shares:
+            weights = (share["weight"] for share in shares)  # numbers, or "size"
+            named = zip((public_name(share["store"]) for share in shares), weights, strict=True)
+            stores.append(
+                (task, ", ".join(f"{name} ({w if isinstance(w, str) else format(w, 'g')})" for name, w in named))
+            )
+    yield from _table(("task", "stores (weight)"), stores)
     yield ""
-    runs = ", ".join(f"{kind} {low} to {high}" for kind in ("text", "speech") for low, high in [data[f"{kind}_words"]])
-    yield f"Interleaved runs in words: {runs}."
+    policy = dict(data["policy"])
+    kind = policy.pop("kind")
+    settings = ", ".join(
+        f"{name} {' to '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in policy.items()
+    )
+    yield f"Interleaving: {kind}" + (f" ({settings})." if settings else ".")
 
 
 def _evaluation(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:

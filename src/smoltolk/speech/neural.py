@@ -234,6 +234,9 @@ def placed(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
     module = copy.deepcopy(module)
     for part in module.modules():
         if parametrize.is_parametrized(part, "weight"):  # weight norm: its norms are taken before they are rounded
+            # Copies share the class that holds the parametrised weight, and removing it there would break the others.
+            shared = type(part)
+            part.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
             parametrize.remove_parametrizations(part, "weight")
     return module.to(device=device, dtype=dtype)
 
