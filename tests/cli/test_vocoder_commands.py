@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import soundfile
 from tests.speech.conftest import RATE_HZ, syllables
+from tests.speech.models import noise, tiny_mimi_tokenizer
 from tests.speech.recognisers import save_ctc
 from tests.speech.test_hifigan import Files
 from tests.speech.test_mimi_vocoder import tiny_mimi
+from transformers.models.mimi import modeling_mimi
 
 from smoltolk import cli
 from smoltolk.speech.audio import save_wav
@@ -164,3 +166,14 @@ def test_a_folder_is_not_written_into_itself_and_has_no_single_text(
     assert "give a folder outside of it" in capsys.readouterr().err
     assert resynthesize(voice, voice / "in", tmp_path / "out", "--text", "a.txt") == 1
     assert "text is a.txt: it is for a single recording" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(modeling_mimi, "MimiDecoderModel"), reason="needs the Mimi of transformers 5.21.1")
+def test_mimi_hears_and_speaks_from_the_command_line(tmp_path, capsys):
+    tiny_mimi_tokenizer().save(tmp_path / "mimi")
+    assert cli.main(["vocoder", "mimi", "--tokenizer", str(tmp_path / "mimi"), "--output", str(tmp_path / "v")]) == 0
+    save_wav(tmp_path / "in.wav", noise(1.0, 24_000, 0), 24_000)
+    folders = ["--tokenizer", str(tmp_path / "mimi"), "--vocoder", str(tmp_path / "v")]
+    assert cli.main(["resynthesize", str(tmp_path / "in.wav"), str(tmp_path / "out.wav"), *folders]) == 0
+    heard = soundfile.info(tmp_path / "out.wav")
+    assert (heard.samplerate, round(heard.duration, 1)) == (24_000, 1.0)
