@@ -1,6 +1,7 @@
 """Training: exact resume, stages, faults."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tests.conftest import EARLY_FUSION, tiny_recipe
+from transformers import AutoModelForCausalLM
 
 from smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.mel import MelTokenizer
@@ -74,6 +76,28 @@ def test_metrics_have_both_losses_and_validation_has_every_task(whole_run):
     assert lines[-1]["flops"] > 0
     assert lines[0]["learning_rate"] == pytest.approx(1e-2)
     assert [line["learning_rate"] for line in lines[4:]] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3, 5e-4])
+
+
+def test_metrics_watch_the_parts_the_selector_and_what_the_text_lm_forgets(whole_run, tiny_world):
+    lines = curve(whole_run)
+    for line in lines:
+        norms = [line[f"{part}_grad_norm"] for part in ("speech", "text") if f"{part}_grad_norm" in line]
+        assert len(norms) == (1 if line["stage"] == 1 else 2)
+        assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(line["grad_norm"], rel=1e-5)
+    watched = [line for line in lines if "selector_entropy" in line]
+    assert [line["step"] for line in watched] == [3, 4, 6, 9]
+    for line in watched:
+        assert sum(line["layer_weights"]) == pytest.approx(1, abs=1e-4)
+        assert 0 < line["selector_entropy"] <= math.log(len(line["layer_weights"])) + 1e-6
+    frozen, trained = watched[1], watched[-1]
+    assert frozen["text_forgetting"] == pytest.approx(0, abs=1e-6)  # stage 1 does not touch the text LM
+    assert trained["text_forgetting"] != pytest.approx(0, abs=1e-3)
+    trainer = Trainer(make_recipe(tiny_recipe(tiny_world, whole_run)), progress=False)
+    batch = trainer._validation["text"]
+    backbone = AutoModelForCausalLM.from_pretrained(tiny_world / "backbone").eval()
+    with torch.no_grad():
+        own = backbone(batch.input_ids, labels=batch.labels).loss.item()
+    assert trained["validation_text_loss"] - trained["text_forgetting"] == pytest.approx(own, abs=1e-5)
 
 
 @pytest.mark.parametrize("stop_at", [3, 4, 6])

@@ -38,6 +38,7 @@ class RunState:
         flops: training FLOPs spent.
         skipped_steps: steps skipped for a loss or gradient that was not finite.
         seconds: time spent training, over all starts.
+        backbone_text_loss: validation loss on text of the untouched text LM, None without such rows.
     """
 
     step: int
@@ -46,6 +47,7 @@ class RunState:
     flops: int = 0
     skipped_steps: int = 0
     seconds: float = 0.0
+    backbone_text_loss: float | None = None
 
 
 class Checkpointer:

@@ -94,6 +94,8 @@ class Trainer:
         state, optimizer = self._start()
         if self.ranks.is_main:
             self._truncate_metrics(state.step)
+        if not state.step:  # text alone is not touched by the new speech parts: this is the backbone's own loss
+            state.backbone_text_loss = self._validate(state).get("validation_text_loss")
         with self._bar(state) as report, closing(self._batches(state.step)) as batches:
             while state.step < self.recipe.num_steps:
                 index, step_of_stage = self.recipe.stage_at(state.step)
@@ -106,7 +108,7 @@ class Trainer:
                 state.seconds += metrics["seconds"]
                 is_stage_end = step_of_stage == stage.steps - 1
                 if is_stage_end or state.step % self.recipe.validation.every_steps == 0:
-                    metrics |= self._validate()
+                    metrics |= self._validate(state)
                 if self.ranks.is_main:
                     self._write_metrics(metrics)
                     report(metrics)
@@ -298,6 +300,7 @@ class Trainer:
             speech_sum += output.speech_loss.item() * part_speech if part_speech else 0.0
         loss_sum, text_sum, speech_sum = self.ranks.sum(loss_sum, text_sum, speech_sum)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
+        part_norms = gradient_norms(optimizer)
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm)).item()
         share = trapezoid(step_of_stage, stage)
         for group in optimizer.param_groups:
@@ -331,6 +334,7 @@ class Trainer:
             "speech_labels": num_speech,
             "learning_rate": share * stage.learning_rate,
             "grad_norm": finite(grad_norm),
+            **{f"{part}_grad_norm": finite(norm) for part, norm in part_norms.items()},
             "skipped_steps": state.skipped_steps,
             "tokens": state.tokens,
             "flops": state.flops,
@@ -357,11 +361,13 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def _validate(self) -> dict[str, Any]:
-        """Mean loss per label on each task's fixed batch."""
+    def _validate(self, state: RunState) -> dict[str, Any]:
+        """Mean loss per label on each task's fixed batch; what the text LM forgot; what the selector looks at."""
         self.model.eval()
-        losses = {}
+        metrics: dict[str, Any] = {}
         size = self.recipe.stages[-1].rows_per_micro_batch
+        num_layers = self.model.config.lm_config.num_hidden_layers
+        selected = [0.0] * (num_layers + 2)  # sums of weights, of entropy, and number, where a unit is predicted
         for task, batch in self._validation.items():
             parts = [batch.select(slice(start, start + size)) for start in range(0, len(batch), size)]
             total = 0.0
@@ -370,12 +376,26 @@ class Trainer:
                 is_counted = first + self.ranks.rank < len(parts)
                 part = parts[first + self.ranks.rank if is_counted else 0]
                 output = self._forward(part)
+                if not is_counted:
+                    continue
                 num_text, num_speech = self.model.count_labels(part.input_ids, part.labels)
-                total += output.text_loss.item() * num_text if num_text and is_counted else 0.0
-                total += output.speech_loss.item() * num_speech if num_speech and is_counted else 0.0
+                total += output.text_loss.item() * num_text if num_text else 0.0
+                total += output.speech_loss.item() * num_speech if num_speech else 0.0
+                is_unit = part.labels[:, 1:] >= self.model.ids.speech_offset
+                weights = output.layer_weights[:, :-1][is_unit.to(self.ranks.device)]  # (units, L)
+                entropy = -torch.special.xlogy(weights, weights).sum()
+                found = [*weights.sum(0).tolist(), entropy.item(), len(weights)]
+                selected = [a + b for a, b in zip(selected, found, strict=True)]
             num_labels = max(1, sum(self.model.count_labels(batch.input_ids, batch.labels)))
-            losses[f"validation_{task}_loss"] = finite(self.ranks.sum(total)[0] / num_labels)
-        return losses
+            metrics[f"validation_{task}_loss"] = finite(self.ranks.sum(total)[0] / num_labels)
+        *weight_sums, entropy_sum, count = self.ranks.sum(*selected)
+        if count:
+            metrics["selector_entropy"] = finite(entropy_sum / count)
+            metrics["layer_weights"] = [finite(round(weight / count, 5)) for weight in weight_sums]
+        loss = metrics.get("validation_text_loss")
+        if state.backbone_text_loss is not None and loss is not None:
+            metrics["text_forgetting"] = loss - state.backbone_text_loss
+        return metrics
 
     # ---- watching
 
@@ -447,6 +467,14 @@ def stop_requests() -> Iterator[StopRequests]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Norm of the gradient of each part that is trained, "speech" and "text"."""
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for group in optimizer.param_groups:
+        gradients.setdefault(group["part"], []).extend(p.grad for p in group["params"] if p.grad is not None)
+    return {part: whole(torch.nn.utils.get_total_norm(some)).item() for part, some in gradients.items()}
 
 
 def finite(value: float) -> float | None:
