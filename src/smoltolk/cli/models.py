@@ -15,6 +15,11 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--no-progress", action="store_true", help="show no progress bar")
     train.set_defaults(run=_train)
 
+    report = commands.add_parser("report", help="draw the curves of training runs side by side into one HTML page")
+    report.add_argument("runs", type=Path, nargs="+", help="output folders of runs")
+    report.add_argument("--output", type=Path, default=Path("report.html"))
+    report.set_defaults(run=_report, resume_hint="stopped; nothing was written")
+
     plan = commands.add_parser("plan", help="say what a recipe needs: parameters, tokens, FLOPs, memory, hours")
     plan.add_argument("recipe", type=Path, help="YAML recipe")
     plan.add_argument("--gpus", type=int, default=1)
@@ -82,6 +87,12 @@ def _train(options: argparse.Namespace) -> None:
     from smoltolk.training.trainer import Trainer
 
     print(f"trained model: {Trainer(load_recipe(options.recipe), progress=not options.no_progress).run()}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from smoltolk.training.report import write_report
+
+    print(write_report(options.runs, options.output))
 
 
 def _plan(options: argparse.Namespace) -> None:
