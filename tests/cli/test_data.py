@@ -32,7 +32,7 @@ def command(tmp_path):
 def test_it_prints_a_summary_and_draws_it(command, tmp_path, capsys):
     assert cli.main([*command, "--rows-per-shard", "2", "--batch-seconds", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "3 utterances (3 train), 0.00 h, 6 words" in printed
+    assert "3 utterances (3 train), 0.0 min, 6 words" in printed
     assert "3 of them have no word times" in printed
     assert "1 rows (25.00%) could not be used" in printed
     assert "  1 × it cannot be read (No such file or directory)" in printed
@@ -76,10 +76,10 @@ def test_options_of_wrong_form_are_refused(command, option, value, capsys):
 def test_an_aligner_is_made_as_the_options_say(command, monkeypatch):
     made = []
 
-    def make_aligner(kind, model=None, min_confidence=None):
-        made.append((kind, model, min_confidence))
+    def make_aligner(kind, model=None, min_confidence=None, device=None):
+        made.append((kind, model, min_confidence, device))
         raise ImportError("pip install 'smoltolk[align]'")
 
     monkeypatch.setitem(sys.modules, "smoltolk.speech.alignment", SimpleNamespace(make_aligner=make_aligner))
     assert cli.main([*command, "--aligner", "ctc", "--aligner-model", "m", "--min-confidence", "0.5"]) == 1
-    assert made == [("ctc", "m", 0.5)]
+    assert made == [("ctc", "m", 0.5, "cpu")]

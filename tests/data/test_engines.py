@@ -63,7 +63,7 @@ def test_a_part_of_another_preparation_is_not_joined(tmp_path, prepared):
     prepare(source, tmp_path / "part", **settings | {"rows_per_shard": 3}, part=(1, 2))
     with pytest.raises(ValueError, match=r"part .*/part was begun with other settings.*rows_per_shard was 3, is 2"):
         prepare(source, tmp_path / "out", **settings, join=[tmp_path / "part"])
-    with pytest.raises(ValueError, match="whole holds no part of a preparation"):
+    with pytest.raises(ValueError, match="whole is a whole store already"):
         prepare(source, tmp_path / "out", **settings, join=[tmp_path / "whole"])
 
 

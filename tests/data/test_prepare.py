@@ -163,7 +163,7 @@ def test_a_finished_preparation_is_not_done_again(tmp_path, tokenizers, monkeypa
 def test_going_on_with_other_settings_is_refused_with_both_values(tmp_path, tokenizers):
     source = mixed_manifest(tmp_path / "in")
     prepare(source, tmp_path / "out", **tokenizers)
-    with pytest.raises(ValueError, match="rows_per_shard was 2048, is 7"):
+    with pytest.raises(ValueError, match="rows_per_shard was 1, is 7"):
         prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=7)
     other = tokenizers | {"speech_tokenizer": MelTokenizer.fit([sound(1), sound(2)], num_units=8)}
     with pytest.raises(ValueError, match="speech_tokenizer was"):

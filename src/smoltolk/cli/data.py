@@ -59,9 +59,14 @@ def _part(text: str) -> tuple[int, int]:
 def _prepare(options: argparse.Namespace) -> None:
     from smoltolk.data.corpora import open_source
     from smoltolk.data.prepare import prepare
+    from smoltolk.data.store import MANIFEST
     from smoltolk.data.summary import PICTURE, draw
     from smoltolk.speech.units import load_speech_tokenizer
 
+    if len(dict(options.columns or ())) < len(options.columns or ()):
+        raise ValueError(f"--columns names one of our columns twice: {' '.join('='.join(c) for c in options.columns)}")
+    if (options.output / MANIFEST).exists():
+        print(f"{options.output} was finished before, and rows in quarantine stay there: delete it to prepare it again")
     optional = {"rows_per_shard": options.rows_per_shard, "batch_s": options.batch_seconds}
     summary = prepare(
         open_source(
@@ -88,8 +93,8 @@ def _prepare(options: argparse.Namespace) -> None:
         return
     splits = ", ".join(f"{count} {split}" for split, count in summary.splits.items())
     print(
-        f"{options.output}: {summary.utterances} utterances ({splits}), {summary.hours:.2f} h, {summary.words} words, "
-        f"{summary.units_per_s:.1f} units/s"
+        f"{options.output}: {summary.utterances} utterances ({splits}), {_duration(summary.seconds)}, "
+        f"{summary.words} words, {summary.units_per_s:.1f} units/s"
     )
     if summary.unaligned:
         print(f"{summary.unaligned} of them have no word times: they serve as speech and as text, not interleaved")
@@ -104,6 +109,10 @@ def _prepare(options: argparse.Namespace) -> None:
         draw(summary, options.output / PICTURE)
     except ImportError as error:
         print(f"no picture: {error}")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def _load_text_tokenizer(name: str | None) -> Any:
@@ -121,4 +130,9 @@ def _make_aligner(options: argparse.Namespace) -> Any:
         return None
     from smoltolk.speech.alignment import make_aligner
 
-    return make_aligner(options.aligner, model=options.aligner_model, min_confidence=options.min_confidence)
+    return make_aligner(
+        options.aligner,
+        model=options.aligner_model,
+        min_confidence=options.min_confidence,
+        device=options.device or "cpu",
+    )

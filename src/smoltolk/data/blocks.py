@@ -4,7 +4,6 @@ A `Preparer` is sent once to each process or machine. It turns the rows of a pie
 Nothing it does depends on other rows: a bad one changes nothing but the quarantine list.
 """
 
-import io
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,13 +20,12 @@ from smoltolk.data.sources import SourceRow
 from smoltolk.data.text import encode_words
 from smoltolk.data.utterance import StoreMetadata, Utterance, check_utterance
 from smoltolk.speech.alignment import Aligner, AlignmentError, align_words, joined_text
-from smoltolk.speech.audio import AudioError, load_audio, stream_audio
+from smoltolk.speech.audio import AudioError, load_audio, load_part, stream_audio
 from smoltolk.speech.units import SpeechTokenizer, Units
 
 BATCH_S = 120.0  # audio that is encoded together; units do not depend on it
 _LONG_S = 600.0  # longer recordings are encoded while they are read, in memory that does not grow with them
 _LONG_BYTES = 1 << 20  # smaller files are not opened to see how long they are
-_SEGMENT_TOLERANCE_S = 0.1  # corpora round their times: how far a segment may reach past its recording
 
 
 @dataclass(frozen=True)
@@ -183,9 +181,9 @@ class Preparer:
             if work.error is not None:
                 continue
             row = work.row
-            split = row.split or draw_split(row.id, self.validation_share)
-            utterance = Utterance(row.id, speaker=row.speaker, source=row.source, split=split, **work.fields)
             try:
+                split = row.split or draw_split(row.id, self.validation_share)
+                utterance = Utterance(row.id, speaker=row.speaker, source=row.source, split=split, **work.fields)
                 check_utterance(utterance, self.metadata)
             except ValueError as error:
                 work.error = error
@@ -275,41 +273,9 @@ def read_audio(row: SourceRow, audio_folder: Path | None, sample_rate_hz: int) -
             name = f"audio of {len(audio)} bytes"
         if row.start_s is None and row.end_s is None:
             return load_audio(audio, sample_rate_hz=sample_rate_hz)
-        channels, rate_hz = _read_segment(audio, name, row.start_s or 0.0, row.end_s)
-        name = f"audio array {channels.shape}"
-        return load_audio(channels, sample_rate_hz=sample_rate_hz, source_rate_hz=rate_hz)
+        return load_part(audio, sample_rate_hz=sample_rate_hz, start_s=row.start_s or 0.0, end_s=row.end_s)
     except AudioError as error:
         raise AudioError(str(error).replace(name, row.source)) from error
-
-
-def _read_segment(audio: bytes | str, name: str, start_s: float, end_s: float | None) -> tuple[np.ndarray, int]:
-    """Samples, float32 (samples, channels), of a part of a recording, and their rate; reads no more than it."""
-    try:
-        # As a file object: soundfile would judge a path by its suffix, not by its content.
-        with (
-            io.BytesIO(audio) if isinstance(audio, bytes) else open(audio, "rb") as data,
-            soundfile.SoundFile(data) as file,
-        ):
-            rate_hz = file.samplerate
-            seconds = file.frames / rate_hz
-            end_s = seconds if end_s is None else end_s
-            if not 0 <= start_s < end_s <= seconds + _SEGMENT_TOLERANCE_S:
-                raise AudioError(
-                    f"{name} has no part from {start_s:.3f} to {end_s:.3f} s, it lasts {seconds:.3f} s: "
-                    f"correct the times"
-                )
-            first, stop = round(start_s * rate_hz), min(round(end_s * rate_hz), file.frames)
-            file.seek(first)
-            channels = file.read(stop - first, dtype="float32", always_2d=True)
-    except OSError as error:
-        raise AudioError(f"{name} cannot be read ({error.strerror}): correct the path") from error
-    except soundfile.LibsndfileError as error:
-        raise AudioError(
-            f"{name} cannot be decoded ({error.error_string}): it is broken or no audio; copy it again"
-        ) from error
-    if len(channels) < stop - first:
-        raise AudioError(f"{name} is broken: {len(channels)} of {stop - first} samples can be decoded; copy it again")
-    return channels, rate_hz
 
 
 def check_text(text: str) -> None:

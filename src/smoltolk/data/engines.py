@@ -78,9 +78,17 @@ class _Report:
 
 def run_here(job: Job, work: Work, on_rows: OnRows) -> None:
     """Work in this process."""
-    job.preparer.start()
-    for number, piece in work:
-        job.do(number, piece, on_rows)
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in any other engine: the units of a network may depend on it
+    try:
+        with threadpool_limits(1):
+            job.preparer.start()
+            for number, piece in work:
+                job.do(number, piece, on_rows)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def run_processes(job: Job, work: Work, workers: int, on_rows: OnRows) -> None:
@@ -147,7 +155,7 @@ def _serve(connection: Connection) -> None:
     assert isinstance(job, Job)
     try:
         job.preparer.start()
-    except ValueError as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # such as a device that is not there
         connection.send(error)
         return
     while (task := connection.recv()) is not None:
@@ -235,6 +243,11 @@ class _Actor:
         try:
             number, piece = pickle.loads(zlib.decompress(batch["piece"][0]))  # noqa: S301
             self._job.do(number, piece, counts.append)
-        except (OSError, ValueError) as wrong:  # Ray would repeat it, and hide it in its own error
+        except (
+            ValueError,
+            OSError,
+            ImportError,
+            RuntimeError,
+        ) as wrong:  # Ray would repeat and hide it
             error = pickle.dumps(wrong)
         return {"rows": [sum(counts)], "error": [error]}

@@ -27,6 +27,8 @@ from smoltolk.data.work_folder import WorkFolder
 from smoltolk.speech.alignment import Aligner
 from smoltolk.speech.units import SpeechTokenizer
 
+_PIECES = 16  # at least, of sources that have as many rows
+
 
 def prepare(
     source: str | Path | Source,
@@ -36,7 +38,7 @@ def prepare(
     text_tokenizer: PreTrainedTokenizerBase | None,
     aligner: Aligner | None = None,
     validation_share: float = 0.0,
-    rows_per_shard: int = ROWS_PER_SHARD,
+    rows_per_shard: int | None = None,
     batch_s: float = BATCH_S,
     device: str | None = None,
     dtype: str = "float32",
@@ -66,7 +68,8 @@ def prepare(
         aligner: finds word times for rows with text and audio but without them.
         validation_share: share of the rows that become the split "validation", drawn from each row's id; the
             others are "train". Rows that name their split keep it.
-        rows_per_shard: rows in a block, the most that a kill can lose per worker.
+        rows_per_shard: rows in a block, the most that a kill can lose per worker; by default 2,048, or a sixteenth
+            of a smaller source, so that several workers or machines have something to do.
         batch_s: audio in seconds that is encoded together; the result does not depend on it.
         device: where a neural speech tokenizer runs, in each worker; by default where it is.
         dtype: what it computes in there: "float32", "bfloat16" or "float16".
@@ -88,7 +91,12 @@ def prepare(
     """
     _check_settings(validation_share, rows_per_shard, batch_s, workers, engine, gpus_per_worker, part)
     source = source if isinstance(source, Source) else open_source(source)
-    scan = source.scan(rows_per_shard)
+    scan = source.scan(rows_per_shard or ROWS_PER_SHARD)
+    if rows_per_shard is None:
+        rows_per_shard = ROWS_PER_SHARD
+        if scan.num_rows is not None and scan.num_rows < _PIECES * ROWS_PER_SHARD:
+            rows_per_shard = -(-scan.num_rows // _PIECES)
+            scan = source.scan(rows_per_shard)
     if scan.text_in is not None and text_tokenizer is None:
         raise ValueError(f"{scan.text_in} has text, but text_tokenizer is None: give a text tokenizer")
     if scan.audio_in is not None and speech_tokenizer is None:
@@ -105,6 +113,7 @@ def prepare(
         "text_tokenizer_fingerprint": metadata.text_tokenizer_fingerprint,
         "speech_tokenizer": metadata.speech_tokenizer,
         "aligner_fingerprint": None if aligner is None else aligner.fingerprint,
+        "dtype": dtype,
         "validation_share": validation_share,
         "rows_per_shard": rows_per_shard,
     }
@@ -142,14 +151,14 @@ def prepare(
 
 def _check_settings(
     validation_share: float,
-    rows_per_shard: int,
+    rows_per_shard: int | None,
     batch_s: float,
     workers: int,
     engine: str,
     gpus_per_worker: float,
     part: tuple[int, int],
 ) -> None:
-    if rows_per_shard < 1:
+    if rows_per_shard is not None and rows_per_shard < 1:
         raise ValueError(f"rows_per_shard is {rows_per_shard}: give 1 or more")
     if workers < 1:
         raise ValueError(f"workers is {workers}: give 1 or more")

@@ -84,6 +84,9 @@ class WorkFolder:
         if not path.exists():
             if self.is_store:
                 raise ValueError(f"output {self.path} holds a store already: delete it, or choose another folder")
+            others = sorted(file.name for file in self.path.iterdir() if not file.name.startswith(".lock"))
+            if others:
+                raise ValueError(f"output {self.path} holds {others[0]!r}, which is not ours: choose an empty folder")
             _write_json(path, settings)
         else:
             _refuse_others(json.loads(path.read_bytes()), settings, f"output {self.path}")
@@ -94,7 +97,9 @@ class WorkFolder:
         Raises:
             ValueError: the folder holds no part of this preparation.
         """
-        if not (folder / SETTINGS).exists() or not (folder / BLOCKS).is_dir():
+        if WorkFolder(folder).is_store:
+            raise ValueError(f"{folder} is a whole store already: use it as it is")
+        if not (folder / SETTINGS).exists():
             raise ValueError(f"{folder} holds no part of a preparation: give the output folder of a --part")
         settings = json.loads((self.path / SETTINGS).read_bytes())
         _refuse_others(json.loads((folder / SETTINGS).read_bytes()), settings, f"part {folder}")

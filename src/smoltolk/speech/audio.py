@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,7 @@ _MAX_PEAK = 10.0  # decoders overshoot 1 a little; integers kept as floats excee
 _CANCELLATION = 0.05  # a mix this much weaker (RMS) than its strongest channel has cancelled itself out
 _MAX_CHANNELS = 16
 _SAMPLE_RATES_HZ = (4_000, 768_000)  # others come from broken headers; resampling from them would fill the memory
+_PART_TOLERANCE_S = 0.1
 _MAX_SECONDS = 4 * 3600.0
 _MAX_SAMPLES = 1 << 28  # of all channels: 1 GiB as float32, of which a few copies are made
 _TOO_LONG = "too long to hold in memory: read it in pieces (stream_audio), or cut it"
@@ -60,13 +62,59 @@ def load_audio(
         data, name = _read_bytes(source)
         channels, rate_hz = _decode(data, name)
 
-    survey = _Survey(channels.shape[1], rate_hz)
-    survey.add(channels)
-    survey.refuse_unusable(name)
-    audio = survey.mix_down(channels)
-    if rate_hz != sample_rate_hz:
-        audio = soxr.resample(audio, rate_hz, sample_rate_hz)
-    return np.ascontiguousarray(audio, dtype=np.float32)
+    return _as_one_channel(channels, rate_hz, sample_rate_hz, name)
+
+
+def load_part(
+    source: str | Path | bytes, *, sample_rate_hz: int, start_s: float = 0.0, end_s: float | None = None
+) -> np.ndarray:
+    """Read a part of a recording as `load_audio` reads a whole one; decodes no more than the part.
+
+    Args:
+        source: a path or the bytes of a file.
+        sample_rate_hz: wanted sampling rate.
+        start_s: where the part starts.
+        end_s: where it ends, by default at the end; corpora round their times, so it may be 0.1 s past that.
+
+    Returns:
+        Float32 (samples,), at least 0.1 s.
+
+    Raises:
+        AudioError: as `load_audio`; also when the recording has no such part.
+    """
+    name = f"audio of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    if isinstance(source, bytes):
+        _refuse(container_fault(source), name)
+    else:
+        with _open(Path(source)) as file:
+            about = os.fstat(file.fileno())
+        _refuse(_fault_of_file(Path(source), about.st_size, about.st_mtime_ns), name)
+    # As a file object: soundfile would judge a path by its suffix, not by its content.
+    with (
+        io.BytesIO(source) if isinstance(source, bytes) else _open(Path(source)) as data,
+        _decoding(name),
+        soundfile.SoundFile(data) as audio,
+    ):
+        _refuse_header(audio, name)
+        rate_hz, seconds = audio.samplerate, audio.frames / audio.samplerate
+        end_s = seconds if end_s is None else end_s
+        if not 0 <= start_s < end_s <= seconds + _PART_TOLERANCE_S:
+            raise AudioError(
+                f"{name} has no part from {start_s:.3f} to {end_s:.3f} s, it lasts {seconds:.3f} s: correct the times"
+            )
+        if end_s - start_s > _MAX_SECONDS:
+            raise AudioError(f"{name} has a part of {end_s - start_s:.0f} s, more than {_MAX_SECONDS:.0f}: divide it")
+        first, stop = round(start_s * rate_hz), min(round(end_s * rate_hz), audio.frames)
+        audio.seek(first)
+        channels = audio.read(stop - first, dtype="float32", always_2d=True)
+    _refuse_missing(len(channels), stop - first, name)
+    return _as_one_channel(channels, rate_hz, sample_rate_hz, name)
+
+
+@lru_cache(maxsize=1024)  # a recording has many parts
+def _fault_of_file(path: Path, _size: int, _modified_ns: int) -> str | None:
+    with _open(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return container_fault(data)
 
 
 def stream_audio(path: str | Path, *, sample_rate_hz: int, block_s: float = 10.0) -> Iterator[np.ndarray]:
@@ -251,6 +299,17 @@ def _refuse_header(file: soundfile.SoundFile, name: str) -> None:
 def _refuse_missing(num_samples: int, num_promised: int, name: str) -> None:
     if num_samples < num_promised:
         raise AudioError(f"{name} is broken: {num_samples} of {num_promised} samples can be decoded; copy it again")
+
+
+def _as_one_channel(channels: np.ndarray, rate_hz: int, sample_rate_hz: int, name: str) -> np.ndarray:
+    """Checked and mixed down, at the wanted rate: float32 (samples, channels) → (samples,)."""
+    survey = _Survey(channels.shape[1], rate_hz)
+    survey.add(channels)
+    survey.refuse_unusable(name)
+    audio = survey.mix_down(channels)
+    if rate_hz != sample_rate_hz:
+        audio = soxr.resample(audio, rate_hz, sample_rate_hz)
+    return np.ascontiguousarray(audio, dtype=np.float32)
 
 
 def _from_array(array: np.ndarray, rate_hz: int | None, name: str) -> tuple[np.ndarray, int]:
