@@ -164,7 +164,8 @@ def test_parts_of_a_recording_are_utterances(tmp_path, tokenizers):
         "long.flac has no part from 1.000 to 3.000 s, it lasts 2.000 s: correct the times",
         "long.flac has no part from 1.000 to 0.500 s, it lasts 2.000 s: correct the times",
         "none.flac cannot be read (No such file or directory): correct the path",
-        "manifest.jsonl cannot be decoded (Format not recognised.): it is broken or no audio; copy it again or convert it to WAV",
+        "manifest.jsonl cannot be decoded (Format not recognised.): it is broken or no audio; copy it again or "
+        "convert it to WAV",
     ]
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
-from smoltolk.speech.clustering import fit_kmeans, read_kmeans
+from smoltolk.speech.clustering import FrameSample, fit_kmeans, read_kmeans
 
 FRAMES = np.random.default_rng(0).random((200, 6)).astype(np.float32)
 
@@ -140,3 +140,16 @@ def test_fewer_different_frames_than_units_are_refused() -> None:
         fit_kmeans(np.repeat(np.eye(2, dtype=np.float32), 9, axis=0), 3, seed=0)
     with pytest.raises(ValueError, match="num_units is 1: choose at least 2"):
         fit_kmeans(FRAMES, 1, seed=0)
+
+
+@pytest.mark.parametrize("block", [1, 7, 500])
+def test_a_sample_of_frames_does_not_show_in_which_blocks_they_came(block):
+    frames = np.random.default_rng(0).normal(size=(2000, 3)).astype(np.float32)
+    samples = []
+    for size in (block, len(frames)):
+        sample = FrameSample(300, np.random.default_rng(1))
+        for start in range(0, len(frames), size):
+            sample.add(frames[start : start + size])
+        samples.append(sample.frames())
+    np.testing.assert_array_equal(*samples)
+    assert samples[0].shape == (300, 3)

@@ -48,7 +48,8 @@ class FrameSample:
         return np.concatenate(self._kept) if self._kept else np.empty((0, 1), np.float32)
 
     def _drop_high_keys(self) -> None:
-        lowest = np.argpartition(self._keys, self._num_frames)[: self._num_frames]
+        # In the order of the stream: it does not show in which blocks the frames came.
+        lowest = np.sort(np.argpartition(self._keys, self._num_frames)[: self._num_frames])
         self._kept, self._keys = [np.concatenate(self._kept)[lowest]], self._keys[lowest]
         self._highest_key = self._keys.max()
 
