@@ -133,6 +133,12 @@ def test_named_columns_are_read_and_no_others(tmp_path):
         manifest_source(path, columns={"txt": "sentence"}).scan(1)
 
 
+def test_one_column_of_a_manifest_can_be_two_of_ours(tmp_path):
+    path = write_manifest(tmp_path, [{"path": "a.wav", "sentence": "one"}])
+    (row,) = rows_of(manifest_source(path, columns={"audio": "path", "id": "path", "text": "sentence"}))
+    assert (row.audio, row.id, row.text) == ("a.wav", "a.wav", "one")
+
+
 def test_parts_of_a_recording_are_utterances(tmp_path, tokenizers):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -199,7 +199,7 @@ def manifest_source(
     folder = audio_folder or path.parent
 
     def read() -> Iterator[SourceRow]:
-        named = None if columns is None else {theirs: ours for ours, theirs in checked_columns(columns).items()}
+        named = None if columns is None else checked_columns(columns)
         for line, fields in _numbered_lines(path):
             where = f"{path.name}:{line}"
             yield _manifest_row(fields if named is None else _renamed(fields, named, where), where, folder)
@@ -351,10 +351,12 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _renamed(fields: dict[str, Any], named: Mapping[str, str], where: str) -> dict[str, Any]:
-    if len(found := {ours: fields[theirs] for theirs, ours in named.items() if theirs in fields}) < len(named):
-        missing = next(theirs for theirs in named if theirs not in fields)
-        raise ValueError(f"{where} has no column {missing!r}: it has {', '.join(map(str, fields))}; correct --columns")
-    return found
+    for theirs in named.values():
+        if theirs not in fields:
+            raise ValueError(
+                f"{where} has no column {theirs!r}: it has {', '.join(map(str, fields))}; correct --columns"
+            )
+    return {ours: fields[theirs] for ours, theirs in named.items()}
 
 
 def _manifest_row(fields: dict[str, Any], where: str, folder: Path) -> SourceRow:
