@@ -359,7 +359,7 @@ def voxpopuli(root: Path) -> RowSource:
     """
 
     def read() -> Iterator[SourceRow]:
-        tables = sorted(root.rglob("asr_*.tsv"))
+        tables = sorted(folder / name for folder, names in walk(root) for name in names if _is_voxpopuli_table(name))
         for table in tables:
             yield from _voxpopuli_table(root, table)
         for folder, names in walk(root) if not tables else ():
@@ -369,6 +369,10 @@ def voxpopuli(root: Path) -> RowSource:
                     yield SourceRow(id=audio.removesuffix(".ogg"), source=audio, audio=audio)
 
     return RowSource(f"voxpopuli:{root}", read, root)
+
+
+def _is_voxpopuli_table(name: str) -> bool:
+    return name.startswith("asr_") and name.endswith(".tsv")
 
 
 def _voxpopuli_table(root: Path, table: Path) -> Iterator[SourceRow]:
