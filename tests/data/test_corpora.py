@@ -53,6 +53,18 @@ def test_librispeech(tmp_path, tokenizers):
     assert bad["reason"].startswith("train-clean-100/19/198/19-198-0007.flac cannot be read")
 
 
+def test_a_corpus_is_read_from_inside_its_folders(tmp_path, monkeypatch):
+    write_sound(tmp_path / "LibriSpeech" / "dev-other" / "7" / "1" / "7-1-0000.flac")
+    for inside in (".", "dev-other", "dev-other/7", "dev-other/7/1"):
+        monkeypatch.chdir(tmp_path / "LibriSpeech" / inside)
+        (row,) = rows_of(open_source("librispeech:."))
+        assert (row.id, row.split) == ("7-1-0000", "validation")
+    write_lines(tmp_path / "tedlium" / "test" / "stm" / "talk.stm", "talk 1 ann 0.0 1.0 <o> one")
+    monkeypatch.chdir(tmp_path / "tedlium" / "test")
+    (row,) = rows_of(open_source("tedlium:."))
+    assert (row.audio, row.split) == ("sph/talk.sph", "test")
+
+
 def test_libri_light_is_cut_at_pauses(tmp_path, tokenizers):
     book = tmp_path / "small" / "100" / "sea_fairies_0812_librivox_64kb_mp3"
     write_sound(book / "01.flac", 1, 3.0)

@@ -149,7 +149,7 @@ def librispeech(root: Path) -> RowSource:
                     audio=path.as_posix(),
                     text=texts.get(utterance),
                     speaker=utterance.partition("-")[0],
-                    split=_split_of((root / path).parts[-4]),
+                    split=_split_of(folder.absolute().parent.parent.name),
                 )
 
     return RowSource(f"librispeech:{root}", read, root)
@@ -311,7 +311,8 @@ def tedlium(root: Path) -> RowSource:
         for folder, names in walk(root):
             if folder.name != "stm":
                 continue
-            split = _split_of(folder.parent.name) if folder.parent.name in ("train", "dev", "test") else None
+            subset = folder.absolute().parent.name
+            split = _split_of(subset) if subset in ("train", "dev", "test") else None
             for name in names:
                 if name.endswith(".stm"):
                     for number, line in enumerate(_lines(folder / name), start=1):
