@@ -174,6 +174,25 @@ def test_peoples_speech_is_read_inside_its_archives(tmp_path, tokenizers):
     assert Store(tmp_path / "out")[2].units.tolist() == encode(sound(len(names[2]) + 1)).units.tolist()
 
 
+def test_an_archive_that_is_not_whole_is_refused(tmp_path):
+    archive = tmp_path / "clean" / "clean_000000.tar"
+    archive.parent.mkdir()
+    write_lines(tmp_path / "clean.json", json.dumps({"training_data": {"name": [], "label": []}}))
+    with tarfile.open(archive, "w") as tar:
+        for name in ("a.flac", "b.flac"):
+            about = tarfile.TarInfo(name)
+            about.size = 1000
+            tar.addfile(about, io.BytesIO(bytes(1000)))
+    whole = archive.read_bytes()
+    assert [row.id for row in rows_of(peoples_speech(tmp_path))] == ["clean/a.flac", "clean/b.flac"]
+    member = 512 + 1024  # header and data of each
+    ends = (0, 100, 700, member, member + 100, member + 700, 2 * member, 2 * member + 100)
+    for content in (*(whole[:end] for end in ends), b"garbage" * 1000, whole[:member] + b"garbage" * 1000):
+        archive.write_bytes(content)
+        with pytest.raises(ValueError, match=r"clean_000000.tar is no whole tar archive \(.+\): copy it again"):
+            peoples_speech(tmp_path).scan(1)
+
+
 def test_tedlium(tmp_path, tokenizers):
     train = tmp_path / "TEDLIUM_release-3" / "legacy" / "train"
     write_sound(train / "sph" / "AlGore_2009.sph", 1, 2.0, format="NIST", subtype="PCM_16")

@@ -277,23 +277,39 @@ def peoples_speech(root: Path) -> RowSource:
                     raise ValueError(f"{manifest.name}:{line} is no document of People's Speech ({error!r})") from None
             for archive in sorted((root / manifest.stem).glob("*.tar")):
                 path = archive.relative_to(root).as_posix()
-                with tarfile.open(archive, "r:") as tar:
-                    for member in tar:
-                        if not member.isfile():
-                            continue
-                        name = _tidy(member.name)
-                        yield SourceRow(
-                            id=f"{manifest.stem}/{name}",
-                            source=f"{path}/{name}",
-                            audio=path,
-                            byte_range=(member.offset_data, member.size),
-                            text=texts.pop(name, None),
-                        )
+                for member in _members(archive):
+                    name = _tidy(member.name)
+                    yield SourceRow(
+                        id=f"{manifest.stem}/{name}",
+                        source=f"{path}/{name}",
+                        audio=path,
+                        byte_range=(member.offset_data, member.size),
+                        text=texts.pop(name, None),
+                    )
             for name in texts:
                 where = f"{manifest.stem}/{name}"
                 yield SourceRow(id=where, source=where, error=f"{name} is in no archive of {manifest.stem}/")
 
     return RowSource(f"peoples-speech:{root}", read, root)
+
+
+def _members(archive: Path) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar archive.
+
+    Raises:
+        ValueError: it is no tar archive, or not whole.
+    """
+    try:
+        with open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    yield member
+            # `tarfile` takes damage between members for the end, which is a block of zeros.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it has no end")
+    except tarfile.TarError as error:
+        raise ValueError(f"{archive} is no whole tar archive ({error}): copy it again") from None
 
 
 def tedlium(root: Path) -> RowSource:
