@@ -95,6 +95,11 @@ class HubSource(Source):
         """
         dataset, identity, num_rows = self._open()
         features = dataset.features or {}
+        if not features:
+            raise ValueError(
+                f"{self.name} does not say its columns: of a folder, Parquet files and what save_to_disk wrote are "
+                f"read; give .txt files one by one as text:FILE, and .jsonl and .csv files as manifests"
+            )
         if self._wanted is None:
             self._columns = {column: column for column in COLUMNS if column in features}
         else:
