@@ -53,6 +53,18 @@ def test_librispeech(tmp_path, tokenizers):
     assert bad["reason"].startswith("train-clean-100/19/198/19-198-0007.flac cannot be read")
 
 
+def test_a_corpus_is_read_from_inside_its_folders(tmp_path, monkeypatch):
+    write_sound(tmp_path / "LibriSpeech" / "dev-other" / "7" / "1" / "7-1-0000.flac")
+    for inside in (".", "dev-other", "dev-other/7", "dev-other/7/1"):
+        monkeypatch.chdir(tmp_path / "LibriSpeech" / inside)
+        (row,) = rows_of(open_source("librispeech:."))
+        assert (row.id, row.split) == ("7-1-0000", "validation")
+    write_lines(tmp_path / "tedlium" / "test" / "stm" / "talk.stm", "talk 1 ann 0.0 1.0 <o> one")
+    monkeypatch.chdir(tmp_path / "tedlium" / "test")
+    (row,) = rows_of(open_source("tedlium:."))
+    assert (row.audio, row.split) == ("sph/talk.sph", "test")
+
+
 def test_libri_light_is_cut_at_pauses(tmp_path, tokenizers):
     book = tmp_path / "small" / "100" / "sea_fairies_0812_librivox_64kb_mp3"
     write_sound(book / "01.flac", 1, 3.0)
@@ -160,6 +172,25 @@ def test_peoples_speech_is_read_inside_its_archives(tmp_path, tokenizers):
     assert quarantine(tmp_path / "out")[0]["reason"] == "doc_a/lost.flac is in no archive of clean/"
     encode = tokenizers["speech_tokenizer"].encode
     assert Store(tmp_path / "out")[2].units.tolist() == encode(sound(len(names[2]) + 1)).units.tolist()
+
+
+def test_an_archive_that_is_not_whole_is_refused(tmp_path):
+    archive = tmp_path / "clean" / "clean_000000.tar"
+    archive.parent.mkdir()
+    write_lines(tmp_path / "clean.json", json.dumps({"training_data": {"name": [], "label": []}}))
+    with tarfile.open(archive, "w") as tar:
+        for name in ("a.flac", "b.flac"):
+            about = tarfile.TarInfo(name)
+            about.size = 1000
+            tar.addfile(about, io.BytesIO(bytes(1000)))
+    whole = archive.read_bytes()
+    assert [row.id for row in rows_of(peoples_speech(tmp_path))] == ["clean/a.flac", "clean/b.flac"]
+    member = 512 + 1024  # header and data of each
+    ends = (0, 100, 700, member, member + 100, member + 700, 2 * member, 2 * member + 100)
+    for content in (*(whole[:end] for end in ends), b"garbage" * 1000, whole[:member] + b"garbage" * 1000):
+        archive.write_bytes(content)
+        with pytest.raises(ValueError, match=r"clean_000000.tar is no whole tar archive \(.+\): copy it again"):
+            peoples_speech(tmp_path).scan(1)
 
 
 def test_tedlium(tmp_path, tokenizers):

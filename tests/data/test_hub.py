@@ -67,6 +67,42 @@ def test_parquet_files_are_read_by_row_groups(tmp_path):
     assert first.audio == flac(0)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"train-00000-of-00001": "train", "test-00000-of-00001": "test", "dev": "validation"},
+        {"train/0000": "train", "test/0000": "test", "validation/part/0000": "validation"},
+        {"my_train_2": "train", "clean/test.other/0": "test", "valid-0": "validation", "latest-contest": "train"},
+        {"data/train/0": "train", "train/test-0": "test", "train/val": "validation", "other": "train"},
+    ],
+)
+def test_parquet_files_are_of_the_split_their_names_tell(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict({"text": [name]}).to_parquet(tmp_path / f"{name}.parquet")
+    for split in ("train", "validation", "test"):
+        expected = sorted(name for name, told in names.items() if told == split)
+        sources = [open_source(f"hf:{tmp_path}::{split}")]
+        sources += [open_source(f"hf:{tmp_path}"), open_source(f"text:{tmp_path}")] if split == "train" else []
+        for source in sources:
+            assert sorted(row.text for rows in rows_of(source) for row in rows) == expected
+            assert source.scan(2).num_rows == len(expected)
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path):
+    Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "plain" / "0000.parquet")
+    Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "test.parquet")
+    Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "saved")
+    for name, splits in (("plain", "train"), ("test.parquet", "test, train"), ("saved", "train")):
+        assert open_source(f"hf:{tmp_path / name}").scan(1).num_rows == 1
+        with pytest.raises(ValueError, match=f"its files are of the split {splits}, not 'validation'"):
+            open_source(f"hf:{tmp_path / name}::validation").scan(1)
+    (tmp_path / "plain" / "0000.parquet").rename(tmp_path / "plain" / "test-0000.parquet")
+    with pytest.raises(ValueError, match="its files are of the split test, not 'train'"):
+        open_source(f"text:{tmp_path / 'plain'}").scan(1)
+    assert open_source(f"hf:{tmp_path / 'test.parquet'}::test").scan(1).num_rows == 1
+
+
 def test_spoken_tinystories_brings_the_times_of_its_words(tmp_path, tokenizers):
     spoken().to_parquet(tmp_path / "data-00000-of-00001.parquet", batch_size=2)
     summary = prepare(f"spoken-tinystories:{tmp_path}", tmp_path / "out", **tokenizers)
@@ -137,6 +173,13 @@ def test_columns_that_are_not_there_are_said_with_those_that_are(tmp_path):
     assert row.text == "one"
     (row,) = rows_of(open_source(name, columns={"text": "clip"}))[0]
     assert row.error == "text is 3: give a string"
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+def test_a_folder_of_other_files_than_parquet_is_refused_with_what_is_read(tmp_path, suffix):
+    (tmp_path / f"stories.{suffix}").write_text('{"text": "one"}\n' if suffix == "jsonl" else "text\none\n")
+    with pytest.raises(ValueError, match=r"Parquet files and what save_to_disk wrote are read; give .txt files one"):
+        open_source(f"text:{tmp_path}").scan(1)
 
 
 def test_a_name_that_cannot_be_opened_is_said(tmp_path):

@@ -10,7 +10,7 @@ from tests.data.conftest import RATE_HZ, quarantine, sound, spoken_row, write_ma
 
 from smoltolk.data.corpora import open_source
 from smoltolk.data.prepare import prepare
-from smoltolk.data.sources import RowSource, SourceRow, folder_source, manifest_source
+from smoltolk.data.sources import AUDIO_SUFFIXES, RowSource, SourceRow, audio_files, folder_source, manifest_source
 from smoltolk.data.store import Store
 
 
@@ -133,6 +133,12 @@ def test_named_columns_are_read_and_no_others(tmp_path):
         manifest_source(path, columns={"txt": "sentence"}).scan(1)
 
 
+def test_one_column_of_a_manifest_can_be_two_of_ours(tmp_path):
+    path = write_manifest(tmp_path, [{"path": "a.wav", "sentence": "one"}])
+    (row,) = rows_of(manifest_source(path, columns={"audio": "path", "id": "path", "text": "sentence"}))
+    assert (row.audio, row.id, row.text) == ("a.wav", "a.wav", "one")
+
+
 def test_parts_of_a_recording_are_utterances(tmp_path, tokenizers):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -173,6 +179,39 @@ def test_a_folders_transcripts_lose_byte_order_marks_and_last_line_ends(tmp_path
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone two\r\n")
     (row,) = rows_of(folder_source(tmp_path))
     assert row.text == "one two"
+
+
+def test_recordings_of_all_kinds_are_rows_and_those_without_a_decoder_are_quarantined(tmp_path, tokenizers):
+    names = [f"{number:02d}{suffix}" for number, suffix in enumerate(sorted(AUDIO_SUFFIXES))] + ["Memo.M4A"]
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / name).write_bytes(b"no audio of any kind")
+        (tmp_path / "in" / f"{name.partition('.')[0]}.txt").write_text(f"words of {name}")
+    soundfile.write(tmp_path / "in" / "z.caf", sound(1), RATE_HZ)
+    assert {".m4a", ".opus", ".aac", ".webm", ".wma", ".mp4", ".amr", ".m4b", ".caf", ".au", ".w64", ".oga"} <= {
+        *AUDIO_SUFFIXES
+    }
+    rows = rows_of(folder_source(tmp_path / "in"))
+    assert {row.audio: row.text for row in rows} == {name: f"words of {name}" for name in names} | {"z.caf": None}
+    prepare(tmp_path / "in", tmp_path / "out", **tokenizers)
+    assert [utterance.id for utterance in Store(tmp_path / "out")] == ["z.caf"]
+    entries = quarantine(tmp_path / "out")
+    assert sorted(entry["id"] for entry in entries) == sorted(names)
+    assert all(entry["id"] in entry["reason"] for entry in entries)
+
+
+def test_linked_folders_are_followed_and_cycles_end(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    for path in ("elsewhere/1.wav", "elsewhere/deep/2.wav", "in/b/3.wav"):
+        (tmp_path / path).touch()
+    (tmp_path / "in" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "b" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere" / "deep" / "back").symlink_to(tmp_path / "elsewhere")
+    names = ["a/1.wav", "a/deep/2.wav", "b/3.wav"]
+    assert [row.audio for row in rows_of(folder_source(tmp_path / "in"))] == names
+    assert audio_files([tmp_path / "in"]) == [tmp_path / "in" / name for name in names]
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def librispeech(root: Path) -> RowSource:
                     audio=path.as_posix(),
                     text=texts.get(utterance),
                     speaker=utterance.partition("-")[0],
-                    split=_split_of((root / path).parts[-4]),
+                    split=_split_of(folder.absolute().parent.parent.name),
                 )
 
     return RowSource(f"librispeech:{root}", read, root)
@@ -277,23 +277,39 @@ def peoples_speech(root: Path) -> RowSource:
                     raise ValueError(f"{manifest.name}:{line} is no document of People's Speech ({error!r})") from None
             for archive in sorted((root / manifest.stem).glob("*.tar")):
                 path = archive.relative_to(root).as_posix()
-                with tarfile.open(archive, "r:") as tar:
-                    for member in tar:
-                        if not member.isfile():
-                            continue
-                        name = _tidy(member.name)
-                        yield SourceRow(
-                            id=f"{manifest.stem}/{name}",
-                            source=f"{path}/{name}",
-                            audio=path,
-                            byte_range=(member.offset_data, member.size),
-                            text=texts.pop(name, None),
-                        )
+                for member in _members(archive):
+                    name = _tidy(member.name)
+                    yield SourceRow(
+                        id=f"{manifest.stem}/{name}",
+                        source=f"{path}/{name}",
+                        audio=path,
+                        byte_range=(member.offset_data, member.size),
+                        text=texts.pop(name, None),
+                    )
             for name in texts:
                 where = f"{manifest.stem}/{name}"
                 yield SourceRow(id=where, source=where, error=f"{name} is in no archive of {manifest.stem}/")
 
     return RowSource(f"peoples-speech:{root}", read, root)
+
+
+def _members(archive: Path) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar archive.
+
+    Raises:
+        ValueError: it is no tar archive, or not whole.
+    """
+    try:
+        with open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    yield member
+            # `tarfile` takes damage between members for the end, which is a block of zeros.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it has no end")
+    except tarfile.TarError as error:
+        raise ValueError(f"{archive} is no whole tar archive ({error}): copy it again") from None
 
 
 def tedlium(root: Path) -> RowSource:
@@ -311,7 +327,8 @@ def tedlium(root: Path) -> RowSource:
         for folder, names in walk(root):
             if folder.name != "stm":
                 continue
-            split = _split_of(folder.parent.name) if folder.parent.name in ("train", "dev", "test") else None
+            subset = folder.absolute().parent.name
+            split = _split_of(subset) if subset in ("train", "dev", "test") else None
             for name in names:
                 if name.endswith(".stm"):
                     for number, line in enumerate(_lines(folder / name), start=1):
@@ -359,7 +376,7 @@ def voxpopuli(root: Path) -> RowSource:
     """
 
     def read() -> Iterator[SourceRow]:
-        tables = sorted(root.rglob("asr_*.tsv"))
+        tables = sorted(folder / name for folder, names in walk(root) for name in names if _is_voxpopuli_table(name))
         for table in tables:
             yield from _voxpopuli_table(root, table)
         for folder, names in walk(root) if not tables else ():
@@ -369,6 +386,10 @@ def voxpopuli(root: Path) -> RowSource:
                     yield SourceRow(id=audio.removesuffix(".ogg"), source=audio, audio=audio)
 
     return RowSource(f"voxpopuli:{root}", read, root)
+
+
+def _is_voxpopuli_table(name: str) -> bool:
+    return name.startswith("asr_") and name.endswith(".tsv")
 
 
 def _voxpopuli_table(root: Path, table: Path) -> Iterator[SourceRow]:

@@ -7,16 +7,30 @@ Pieces are consecutive files or row groups of the dataset, and each process read
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smoltolk.data.sources import Piece, Scan, Source, SourceRow, checked_columns
+from smoltolk.data.sources import Piece, Scan, Source, SourceRow, checked_columns, walk
 
 COLUMNS = ("audio", "text", "id", "speaker", "split", "word_ends_s", "words")
 # Pieces are whole row groups, which differ in size: a tenth more of them keeps most within one shard.
 _SPARE_PIECES = 1.1
+# What names of files and folders say, as in https://huggingface.co/docs/hub/datasets-file-names-and-splits
+_SPLIT_OF_WORD = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,9 @@ class HubSource(Source):
     Args:
         name: name on the hub, or a path.
         config: configuration of the dataset.
-        split: split of the dataset.
+        split: split of the dataset. Plain Parquet files are of the split that their names or folders tell (`train`,
+            `validation`, `valid`, `dev`, `test` and the like, apart from other words), else of "train"; a single
+            file is read as "train" whatever its name.
         revision: revision on the hub, by default the newest; a preparation goes on only with the same.
         columns: what each of our columns is called in the dataset; by default those that have the same name.
 
@@ -79,6 +95,11 @@ class HubSource(Source):
         """
         dataset, identity, num_rows = self._open()
         features = dataset.features or {}
+        if not features:
+            raise ValueError(
+                f"{self.name} does not say its columns: of a folder, Parquet files and what save_to_disk wrote are "
+                f"read; give .txt files one by one as text:FILE, and .jsonl and .csv files as manifests"
+            )
         if self._wanted is None:
             self._columns = {column: column for column in COLUMNS if column in features}
         else:
@@ -141,22 +162,51 @@ class HubSource(Source):
         return dataset, sha, None if known is None else known.num_examples or None
 
     def _open_local(self, datasets: Any, path: Path) -> tuple[Any, Any, int | None]:
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        files = [path] if path.is_file() else sorted(file for file in _files_below(path) if file.is_file())
         # Names and sizes: hashing terabytes at every start would take longer than the work.
         identity = [(file.relative_to(path).as_posix(), file.stat().st_size) for file in files]
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             dataset = datasets.load_from_disk(str(path))
             if isinstance(dataset, datasets.DatasetDict):
                 dataset = dataset[self._split]
+            else:
+                self._refuse_other_splits({"train", str(dataset.split or "train")})
             return dataset.to_iterable_dataset(num_shards=max(1, len(dataset))), identity, len(dataset)
-        tables = [str(file) for file in files if file.suffix == ".parquet"]
+        tables = [file for file in files if file.suffix == ".parquet"]
         if tables and not (path / "README.md").exists():
             import pyarrow.parquet as pq
 
-            dataset = datasets.load_dataset("parquet", data_files=tables, split="train", streaming=True)
+            if path.is_file():
+                self._refuse_other_splits({"train", _split_of_file(Path(path.name))})
+            else:
+                splits = {table: _split_of_file(table.relative_to(path)) for table in tables}
+                self._refuse_other_splits(splits.values())
+                tables = [table for table in tables if splits[table] == self._split]
+            dataset = datasets.load_dataset(
+                "parquet", data_files=[str(table) for table in tables], split="train", streaming=True
+            )
             return dataset, identity, sum(pq.read_metadata(table).num_rows for table in tables)
         dataset = datasets.load_dataset(str(path), self._config, split=self._split, streaming=True)
         return dataset, identity, None
+
+    def _refuse_other_splits(self, splits: Iterable[str]) -> None:
+        if self._split not in splits:
+            raise ValueError(f"its files are of the split {', '.join(sorted(set(splits)))}, not {self._split!r}")
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for here, names in walk(folder):
+        for name in names:
+            yield here / name
+
+
+def _split_of_file(path: Path) -> str:
+    """The split that the name of a file tells, or else that of the innermost folder which tells one."""
+    for part in (path.stem, *(folder.name for folder in path.parents)):
+        for word in re.split(r"[-._ 0-9]+", part.lower()):
+            if word in _SPLIT_OF_WORD:
+                return _SPLIT_OF_WORD[word]
+    return "train"
 
 
 def _row(fields: dict[str, Any], name: str) -> SourceRow:

@@ -22,7 +22,12 @@ import numpy as np
 
 STRING_COLUMNS = ("id", "audio", "text", "alignment", "speaker", "split")
 COLUMNS = (*STRING_COLUMNS, "word_ends_s", "start_s", "end_s")
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"})
+# Not all of them can be decoded: a recording of another kind is quarantined with its reason, not passed over.
+AUDIO_SUFFIXES = frozenset({
+    ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".caf", ".flac", ".m4a", ".m4b", ".mka",
+    ".mp2", ".mp3", ".mp4", ".mpga", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".spx", ".sph", ".voc", ".w64", ".wav",
+    ".weba", ".webm", ".wma", ".wv",
+})  # fmt: skip
 _MAX_CELL_CHARACTERS = 1 << 30  # of CSV; its own limit of 131,072 is less than a book
 
 
@@ -199,7 +204,7 @@ def manifest_source(
     folder = audio_folder or path.parent
 
     def read() -> Iterator[SourceRow]:
-        named = None if columns is None else {theirs: ours for ours, theirs in checked_columns(columns).items()}
+        named = None if columns is None else checked_columns(columns)
         for line, fields in _numbered_lines(path):
             where = f"{path.name}:{line}"
             yield _manifest_row(fields if named is None else _renamed(fields, named, where), where, folder)
@@ -241,12 +246,17 @@ def audio_files(paths: Iterable[Path]) -> list[Path]:
     """The given files, and the audio files in the given folders, in a fixed order."""
     files: list[Path] = []
     for path in paths:
-        files += sorted(filter(_is_audio, path.rglob("*"))) if path.is_dir() else [path]
+        if path.is_dir():
+            files += sorted(filter(_is_audio, (here / name for here, names in walk(path) for name in names)))
+        else:
+            files.append(path)
     return files
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Every folder below (itself included) with the names of its files, in an order that does not change.
+
+    Links to folders are followed; a folder that several paths lead to is listed once, at the first of them.
 
     Raises:
         ValueError: there is no such folder.
@@ -258,7 +268,13 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     def fail(error: OSError) -> None:
         raise error
 
-    for here, folders, names in os.walk(folder, onerror=fail):
+    visited: set[tuple[int, int]] = set()  # links can lead back to where they are
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
         folders.sort()
         yield Path(here), sorted(names)
 
@@ -351,10 +367,12 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _renamed(fields: dict[str, Any], named: Mapping[str, str], where: str) -> dict[str, Any]:
-    if len(found := {ours: fields[theirs] for theirs, ours in named.items() if theirs in fields}) < len(named):
-        missing = next(theirs for theirs in named if theirs not in fields)
-        raise ValueError(f"{where} has no column {missing!r}: it has {', '.join(map(str, fields))}; correct --columns")
-    return found
+    for theirs in named.values():
+        if theirs not in fields:
+            raise ValueError(
+                f"{where} has no column {theirs!r}: it has {', '.join(map(str, fields))}; correct --columns"
+            )
+    return {ours: fields[theirs] for ours, theirs in named.items()}
 
 
 def _manifest_row(fields: dict[str, Any], where: str, folder: Path) -> SourceRow:
