@@ -1,6 +1,7 @@
 """`smoltolk tokenizer fit | import | encode`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,24 @@ def test_models_that_are_there_are_imported(folder: Path, tmp_path: Path, capsys
     assert run("import", "--output", tmp_path / "mimi", "--kind", "mimi", "--model", folder / "mimi") == 0
     assert "32 units at 12.5 Hz" in capsys.readouterr().out
     assert load_speech_tokenizer(tmp_path / "mimi").kind == "mimi"
+
+
+def test_what_is_in_a_folder_is_never_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(folder / "hubert", project / "model")
+    before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    hubert = ("--kind", "hubert", "--model", project / "model", "--layer", 2)
+    for command in (
+        ("fit", folder / "audio", *hubert, "--num-units", 8),
+        ("fit", folder / "audio", "--num-units", 8),
+        ("import", *hubert, "--kmeans", folder / "kmeans.npy"),
+    ):
+        assert run(*command, "--output", project) == 1
+        assert f"{project} exists and is not an empty folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == [project]
 
 
 def test_the_preset_is_imported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

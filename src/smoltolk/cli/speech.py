@@ -67,6 +67,7 @@ def _fit_tokenizer(options: argparse.Namespace) -> None:
     from rich.progress import track
 
     from smoltolk.data.sources import audio_files
+    from smoltolk.model.export import new_folder
     from smoltolk.speech.audio import stream_audio
 
     def audios(sample_rate_hz: int) -> Any:
@@ -84,47 +85,57 @@ def _fit_tokenizer(options: argparse.Namespace) -> None:
         _refuse_options(options, "--kind mel", "model", "layer", "normalize")
         if (options.device, options.dtype) != ("cpu", "float32"):
             raise ValueError("--device and --dtype are for --kind hubert: a mel tokenizer has no network")
-        tokenizer = MelTokenizer.fit(audios(MelTokenizer.sample_rate_hz), num_units=num_units, seed=options.seed)
+        with new_folder(options.output) as folder:
+            tokenizer = MelTokenizer.fit(audios(MelTokenizer.sample_rate_hz), num_units=num_units, seed=options.seed)
+            tokenizer.save(folder)
     else:
         from smoltolk.speech.hubert import HubertTokenizer, load_hubert
 
         _require_options(options, "--kind hubert", "model", "layer")
-        model, settings = load_hubert(options.model, layer=options.layer, is_normalized=options.normalize)
-        tokenizer = HubertTokenizer.fit(
-            audios(settings.sample_rate_hz),
-            model,
-            settings,
-            num_units=num_units,
-            seed=options.seed,
-            device=options.device,
-            dtype=options.dtype,
-        )
-    _save(tokenizer, options.output)
+        with new_folder(options.output) as folder:
+            model, settings = load_hubert(options.model, layer=options.layer, is_normalized=options.normalize)
+            tokenizer = HubertTokenizer.fit(
+                audios(settings.sample_rate_hz),
+                model,
+                settings,
+                num_units=num_units,
+                seed=options.seed,
+                device=options.device,
+                dtype=options.dtype,
+            )
+            tokenizer.save(folder)
+    _print_made(tokenizer, options.output)
 
 
 def _import_tokenizer(options: argparse.Namespace) -> None:
-    tokenizer: SpeechTokenizer
+    from smoltolk.model.export import new_folder
+
+    with new_folder(options.output) as folder:
+        tokenizer = _imported(options)
+        tokenizer.save(folder)
+    _print_made(tokenizer, options.output)
+
+
+def _imported(options: argparse.Namespace) -> "SpeechTokenizer":
     if options.preset is not None:
         from smoltolk.speech.hubert import HubertTokenizer
 
         _refuse_options(options, f"--preset {options.preset}", "kind", "model", "layer", "normalize")
-        tokenizer = HubertTokenizer.mhubert_25hz(options.kmeans)
-    elif options.kind == "hubert":
+        return HubertTokenizer.mhubert_25hz(options.kmeans)
+    if options.kind == "hubert":
         from smoltolk.speech.hubert import HubertTokenizer
 
         _require_options(options, "--kind hubert", "model", "layer", "kmeans")
-        tokenizer = HubertTokenizer.from_pretrained(
+        return HubertTokenizer.from_pretrained(
             options.model, layer=options.layer, kmeans=options.kmeans, is_normalized=options.normalize
         )
-    elif options.kind == "mimi":
+    if options.kind == "mimi":
         from smoltolk.speech.mimi import MimiTokenizer
 
         _refuse_options(options, "--kind mimi", "layer", "normalize", "kmeans")
         _require_options(options, "--kind mimi", "model")
-        tokenizer = MimiTokenizer.from_pretrained(options.model)
-    else:
-        raise ValueError(f"nothing to import: give --kind, or --preset {_PRESET}")
-    _save(tokenizer, options.output)
+        return MimiTokenizer.from_pretrained(options.model)
+    raise ValueError(f"nothing to import: give --kind, or --preset {_PRESET}")
 
 
 def _encode(options: argparse.Namespace) -> None:
@@ -139,8 +150,7 @@ def _encode(options: argparse.Namespace) -> None:
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
-def _save(tokenizer: "SpeechTokenizer", output: Path) -> None:
-    tokenizer.save(output)
+def _print_made(tokenizer: "SpeechTokenizer", output: Path) -> None:
     print(
         f"{output}: {tokenizer.num_units} units at {tokenizer.unit_rate_hz:g} Hz, fingerprint {tokenizer.fingerprint}"
     )
