@@ -309,6 +309,29 @@ def test_a_killed_writer_leaves_no_lock_and_no_leftovers(tmp_path):
     assert names == [".lock", MANIFEST, "shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet"]
 
 
+def test_only_what_writers_leave_is_swept(tmp_path):
+    theirs = [tmp_path / "deep" / ".film.mkv.part", tmp_path / "blocks" / "00001" / "deep" / ".film.mkv.part"]
+    ours = [tmp_path / ".manifest.json.1.part", tmp_path / "blocks" / ".moving.json.1.part"]
+    ours.append(tmp_path / "blocks" / "00001" / ".00000.json.1.part")
+    for path in theirs + ours:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / ".tokenizer.1.part").mkdir()  # a folder that another command is writing
+    with lock(tmp_path):
+        assert [path.exists() for path in theirs + ours] == [True, True, False, False, False]
+    assert (tmp_path / ".tokenizer.1.part").is_dir()
+
+
+@pytest.mark.parametrize("name", ["shard-00000.parquet", "thesis.tex"])
+def test_files_of_others_are_neither_removed_nor_joined(tmp_path, name):
+    (tmp_path / name).write_text("theirs")
+    for _ in range(2):  # being refused leaves nothing that would let the next one in
+        with pytest.raises(ValueError, match=f"files that are not of a store, such as {name}: choose another folder"):
+            make_store(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "theirs"
+
+
 def test_a_full_disk_leaves_nothing_half_written_and_names_the_path(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))  # a shard is larger
