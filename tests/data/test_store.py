@@ -11,7 +11,7 @@ import pytest
 
 from smoltolk.data import shard as shard_module
 from smoltolk.data.store import MANIFEST, Store, StoreWriter, lock, write_store
-from smoltolk.data.utterance import Utterance
+from smoltolk.data.utterance import FORMAT_VERSION, Utterance
 
 CARD = {
     "kind": "fake",
@@ -236,10 +236,23 @@ def test_another_version_is_refused(tmp_path):
         Store(tmp_path / "store")
 
 
-def test_a_damaged_manifest_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"{", "Expecting property name"),
+        (b"\xff\xfe\xff", "can't decode"),
+        (b"[]", "holds no object"),
+        (b'{"format_version": VERSION}', "shards cannot be read: 'shards'"),
+        (b'{"format_version": VERSION, "shards": 3}', "shards cannot be read"),
+        (b'{"format_version": VERSION, "shards": [7]}', "shards cannot be read"),
+        (b'{"format_version": VERSION, "shards": [{"file": "a"}]}', "shards cannot be read"),
+        (b'{"format_version": VERSION, "shards": []}', "names no shards"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(tmp_path, content, fault):
     make_store(tmp_path / "store")
-    (tmp_path / "store" / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
+    (tmp_path / "store" / MANIFEST).write_bytes(content.replace(b"VERSION", str(FORMAT_VERSION).encode()))
+    with pytest.raises(ValueError, match=rf"manifest\.json is damaged \(.*{fault}.*\): prepare the store again"):
         Store(tmp_path / "store")
 
 

@@ -250,10 +250,18 @@ class Store:
             raise ValueError(
                 f"{self.path} is not a store (no {MANIFEST}): give the output folder of a finished `prepare`"
             ) from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): prepare the store again") from None
+        if not isinstance(manifest, dict):
+            raise ValueError(f"{path} is damaged (it holds no object): prepare the store again")
         check_version(manifest.get("format_version"), path)
-        return [Shard(**shard) for shard in manifest["shards"]]
+        try:
+            shards = [Shard(**shard) for shard in manifest["shards"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged (its shards cannot be read: {error}): prepare the store again") from None
+        if not shards:
+            raise ValueError(f"{path} is damaged (it names no shards): prepare the store again")
+        return shards
 
     def _open_shard(self, number: int, shard: Shard) -> None:
         path = self.path / shard.file
