@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,14 +67,16 @@ def _fit_tokenizer(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import track
 
+    from smoltolk.data.recordings import stream_usable
     from smoltolk.data.sources import audio_files
     from smoltolk.model.export import new_folder
-    from smoltolk.speech.audio import stream_audio
+
+    paths = audio_files(options.audio)
+    left_out = _LeftOut(len(paths))
 
     def audios(sample_rate_hz: int) -> Any:
-        console = Console(stderr=True)
-        for path in track(audio_files(options.audio), "frames", console=console, transient=True):
-            yield stream_audio(path, sample_rate_hz=sample_rate_hz)
+        tracked = track(paths, "frames", console=Console(stderr=True), transient=True)
+        yield from stream_usable(tracked, sample_rate_hz=sample_rate_hz, on_failure=left_out.add)
 
     tokenizer: SpeechTokenizer
     num_units = options.num_units
@@ -105,6 +108,7 @@ def _fit_tokenizer(options: argparse.Namespace) -> None:
             )
             tokenizer.save(folder)
     _print_made(tokenizer, options.output)
+    left_out.print_count()
 
 
 def _import_tokenizer(options: argparse.Namespace) -> None:
@@ -144,10 +148,34 @@ def _encode(options: argparse.Namespace) -> None:
     from smoltolk.speech.units import load_speech_tokenizer
 
     tokenizer = load_speech_tokenizer(options.tokenizer, device=options.device, dtype=options.dtype)
-    for path in audio_files(options.audio):
-        encoded = tokenizer.encode_stream(stream_audio(path, sample_rate_hz=tokenizer.sample_rate_hz))
+    paths = audio_files(options.audio)
+    left_out = _LeftOut(len(paths))
+    for path in paths:
+        try:
+            encoded = tokenizer.encode_stream(stream_audio(path, sample_rate_hz=tokenizer.sample_rate_hz))
+        except ValueError as error:
+            left_out.add(path, str(error))
+            continue
         line = {"audio": str(path), "units": encoded.units.tolist(), "durations": encoded.durations.tolist()}
         print(json.dumps(line, ensure_ascii=False), flush=True)
+    left_out.print_count()
+    if left_out.count == len(paths):
+        raise ValueError("no audio file can be used: give audio files, or folders of them")
+
+
+class _LeftOut:
+    """Says which files were left out, and why, and how many of `num_files` they were."""
+
+    def __init__(self, num_files: int) -> None:
+        self.num_files, self.count = num_files, 0
+
+    def add(self, path: Path, reason: str) -> None:
+        self.count += 1
+        print(f"left out {path}: {reason}", file=sys.stderr)
+
+    def print_count(self) -> None:
+        if self.count:
+            print(f"{self.count} of {self.num_files} files left out as unusable", file=sys.stderr)
 
 
 def _print_made(tokenizer: "SpeechTokenizer", output: Path) -> None:
