@@ -292,9 +292,9 @@ def test_a_shard_with_other_columns_is_refused(tmp_path):
 def test_another_tokenizer_is_refused_with_both_fingerprints(tmp_path):
     store = make_store(tmp_path / "store")
     store.require(speech_fingerprint="speech-1", text_fingerprint="text-1")
-    with pytest.raises(ValueError, match="speech tokenizer speech-1, the model needs speech-2"):
+    with pytest.raises(ValueError, match="speech tokenizer speech-1, speech-2 is needed: prepare the store with that"):
         store.require(speech_fingerprint="speech-2")
-    with pytest.raises(ValueError, match="text tokenizer text-1, the model needs text-2"):
+    with pytest.raises(ValueError, match="text tokenizer text-1, text-2 is needed: prepare the store with that"):
         store.require(text_fingerprint="text-2")
 
 

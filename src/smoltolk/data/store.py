@@ -258,7 +258,9 @@ class Store:
         try:
             shards = [Shard(**shard) for shard in manifest["shards"]]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged (its shards cannot be read: {error}): prepare the store again") from None
+            raise ValueError(
+                f"{path} is damaged (its shards cannot be read: {error}): prepare the store again"
+            ) from None
         if not shards:
             raise ValueError(f"{path} is damaged (it names no shards): prepare the store again")
         return shards
@@ -393,8 +395,8 @@ class Store:
         ):
             if wanted is not None and wanted != found:
                 raise ValueError(
-                    f"{self.path} was made with the {kind} tokenizer {found}, the model needs {wanted}: "
-                    f"prepare the store with the model's {kind} tokenizer"
+                    f"{self.path} was made with the {kind} tokenizer {found}, {wanted} is needed: "
+                    f"prepare the store with that {kind} tokenizer"
                 )
 
     def verify(self) -> None:
