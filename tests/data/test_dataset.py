@@ -138,8 +138,8 @@ def test_predicted_switches_are_targets(store):
     [
         ({"row_tokens": 64, "max_positions": 32}, "row_tokens is 64, but the backbone has 32 positions"),
         ({"row_tokens": 1}, "row_tokens is 1"),
-        ({"speech_fingerprint": "other"}, "speech tokenizer speech-1, the model needs other"),
-        ({"text_fingerprint": "other"}, "text tokenizer text-1, the model needs other"),
+        ({"speech_fingerprint": "other"}, "speech tokenizer speech-1, other is needed"),
+        ({"text_fingerprint": "other"}, "text tokenizer text-1, other is needed"),
         ({"ids": IdSpace(100, 30, 0)}, "num_units 20, the model has 30"),
         ({"ids": IdSpace(50, 20, 0)}, "holds text token 99, but the model's text vocabulary has 50"),
         ({"split": "test"}, "no utterance with text, speech and word times in the split 'test'"),

@@ -23,7 +23,7 @@ from smoltolk import cli
 from smoltolk.data.dataset import TASKS, BatchSource, TaskMixture
 from smoltolk.data.policies import SentencePolicy, SpanPolicy
 from smoltolk.data.preview import preview
-from smoltolk.data.store import write_store
+from smoltolk.data.store import Store, write_store
 from smoltolk.data.text import tokenizer_fingerprint
 from smoltolk.model.configuration_smoltolk import IdSpace
 from smoltolk.speech.audio import save_wav
@@ -266,6 +266,15 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         preview(store, tmp_path / "p.html", **settings)
     assert not (tmp_path / "p.html").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "store")
+    monkeypatch.setattr(Store, "tokens", lambda *_, **__: pytest.fail("a row was drawn"))
+    with pytest.raises(ValueError, match=r"lies in .*missing, which is not a folder: give the name of a file"):
+        preview(store, tmp_path / "missing" / "p.html")
+    with pytest.raises(ValueError, match="is a folder: give the name of a file"):
+        preview(store, tmp_path)
 
 
 def test_the_command_draws_as_a_recipe_does(tiny_world, tmp_path, capsys):

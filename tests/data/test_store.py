@@ -11,7 +11,7 @@ import pytest
 
 from smoltolk.data import shard as shard_module
 from smoltolk.data.store import MANIFEST, Store, StoreWriter, lock, write_store
-from smoltolk.data.utterance import Utterance
+from smoltolk.data.utterance import FORMAT_VERSION, Utterance
 
 CARD = {
     "kind": "fake",
@@ -236,10 +236,23 @@ def test_another_version_is_refused(tmp_path):
         Store(tmp_path / "store")
 
 
-def test_a_damaged_manifest_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"{", "Expecting property name"),
+        (b"\xff\xfe\xff", "can't decode"),
+        (b"[]", "holds no object"),
+        (b'{"format_version": VERSION}', "shards cannot be read: 'shards'"),
+        (b'{"format_version": VERSION, "shards": 3}', "shards cannot be read"),
+        (b'{"format_version": VERSION, "shards": [7]}', "shards cannot be read"),
+        (b'{"format_version": VERSION, "shards": [{"file": "a"}]}', "shards cannot be read"),
+        (b'{"format_version": VERSION, "shards": []}', "names no shards"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(tmp_path, content, fault):
     make_store(tmp_path / "store")
-    (tmp_path / "store" / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
+    (tmp_path / "store" / MANIFEST).write_bytes(content.replace(b"VERSION", str(FORMAT_VERSION).encode()))
+    with pytest.raises(ValueError, match=rf"manifest\.json is damaged \(.*{fault}.*\): prepare the store again"):
         Store(tmp_path / "store")
 
 
@@ -279,9 +292,9 @@ def test_a_shard_with_other_columns_is_refused(tmp_path):
 def test_another_tokenizer_is_refused_with_both_fingerprints(tmp_path):
     store = make_store(tmp_path / "store")
     store.require(speech_fingerprint="speech-1", text_fingerprint="text-1")
-    with pytest.raises(ValueError, match="speech tokenizer speech-1, the model needs speech-2"):
+    with pytest.raises(ValueError, match="speech tokenizer speech-1, speech-2 is needed: prepare the store with that"):
         store.require(speech_fingerprint="speech-2")
-    with pytest.raises(ValueError, match="text tokenizer text-1, the model needs text-2"):
+    with pytest.raises(ValueError, match="text tokenizer text-1, text-2 is needed: prepare the store with that"):
         store.require(text_fingerprint="text-2")
 
 
@@ -307,6 +320,29 @@ def test_a_killed_writer_leaves_no_lock_and_no_leftovers(tmp_path):
     with lock(tmp_path):
         names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [".lock", MANIFEST, "shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet"]
+
+
+def test_only_what_writers_leave_is_swept(tmp_path):
+    theirs = [tmp_path / "deep" / ".film.mkv.part", tmp_path / "blocks" / "00001" / "deep" / ".film.mkv.part"]
+    ours = [tmp_path / ".manifest.json.1.part", tmp_path / "blocks" / ".moving.json.1.part"]
+    ours.append(tmp_path / "blocks" / "00001" / ".00000.json.1.part")
+    for path in theirs + ours:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / ".tokenizer.1.part").mkdir()  # a folder that another command is writing
+    with lock(tmp_path):
+        assert [path.exists() for path in theirs + ours] == [True, True, False, False, False]
+    assert (tmp_path / ".tokenizer.1.part").is_dir()
+
+
+@pytest.mark.parametrize("name", ["shard-00000.parquet", "thesis.tex"])
+def test_files_of_others_are_neither_removed_nor_joined(tmp_path, name):
+    (tmp_path / name).write_text("theirs")
+    for _ in range(2):  # being refused leaves nothing that would let the next one in
+        with pytest.raises(ValueError, match=f"files that are not of a store, such as {name}: choose another folder"):
+            make_store(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "theirs"
 
 
 def test_a_full_disk_leaves_nothing_half_written_and_names_the_path(tmp_path):

@@ -348,7 +348,8 @@ def test_long_audio_goes_through_the_model_in_windows(ctc, monkeypatch):
     model = ctc._loaded_model()
 
     class Recorder:
-        device = model.device
+        def to(self, device):
+            return self
 
         def __call__(self, inputs):
             lengths.append(inputs.shape[1])
@@ -400,6 +401,21 @@ def test_a_fingerprint_follows_weights_and_settings(ctc_folder, tmp_path):
     model.save_pretrained(other)
     assert CtcAligner(str(other)).fingerprint != ctc.fingerprint
     assert PocketsphinxAligner().fingerprint != PocketsphinxAligner(-9).fingerprint
+
+
+def test_the_model_runs_on_the_device_that_is_given_and_is_hashed_on_the_cpu(ctc_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ctc = make_aligner("ctc", str(ctc_folder))
+    ctc.log_probabilities(np.ones(RATE_HZ, np.float32))
+    assert ctc._model.device.type == "cpu"
+    elsewhere = make_aligner("ctc", str(ctc_folder), device="meta")  # a device that computes shapes alone
+    assert elsewhere.fingerprint == ctc.fingerprint
+    assert elsewhere._model.device.type == "cpu"
+    with pytest.raises(NotImplementedError, match="meta"):
+        elsewhere.log_probabilities(np.ones(RATE_HZ, np.float32))
+    assert elsewhere._model.device.type == "meta"
+    with pytest.raises(ValueError, match="device is 'nowhere'"):
+        make_aligner("ctc", str(ctc_folder), device="nowhere")
 
 
 def test_aligners_are_made_by_kind(ctc_folder):

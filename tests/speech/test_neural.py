@@ -6,6 +6,7 @@ from tests.speech.models import noise, tiny_hubert_tokenizer, tiny_mimi_tokenize
 from transformers.models.mimi import modeling_mimi
 
 from smoltolk.speech.mel import MelTokenizer
+from smoltolk.speech.units import load_speech_tokenizer
 
 MAKERS = [tiny_hubert_tokenizer]
 if hasattr(modeling_mimi, "MimiDecoderModel"):
@@ -24,6 +25,23 @@ def test_a_tokenizer_computes_in_another_precision_and_back(make):
     assert tokenizer.fingerprint == fingerprint
     with pytest.raises(ValueError, match="device is 'nowhere'"):
         tokenizer.to("nowhere")
+
+
+def test_a_model_folder_is_replaced_only_where_it_is_a_tokenizers(tmp_path):
+    tokenizer = tiny_hubert_tokenizer()
+    (tmp_path / "project" / "model").mkdir(parents=True)
+    (tmp_path / "project" / "model" / "weights").write_text("mine")
+    for card in (None, '{"version": "1.0"}'):  # the second is what the tokenizers library writes under this name
+        if card is not None:
+            (tmp_path / "project" / "tokenizer.json").write_text(card)
+        with pytest.raises(ValueError, match="project/model is there, and not part of a speech tokenizer: choose"):
+            tokenizer.save(tmp_path / "project")
+    assert (tmp_path / "project" / "model" / "weights").read_text() == "mine"
+    assert (tmp_path / "project" / "tokenizer.json").read_text() == '{"version": "1.0"}'
+
+    tokenizer.save(tmp_path / "tokenizer")
+    tokenizer.save(tmp_path / "tokenizer")
+    assert load_speech_tokenizer(tmp_path / "tokenizer").fingerprint == tokenizer.fingerprint
 
 
 def test_a_tokenizer_without_a_network_says_that_a_device_has_no_effect():

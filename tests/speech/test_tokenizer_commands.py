@@ -1,6 +1,7 @@
 """`smoltolk tokenizer fit | import | encode`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,54 @@ def test_models_that_are_there_are_imported(folder: Path, tmp_path: Path, capsys
     assert run("import", "--output", tmp_path / "mimi", "--kind", "mimi", "--model", folder / "mimi") == 0
     assert "32 units at 12.5 Hz" in capsys.readouterr().out
     assert load_speech_tokenizer(tmp_path / "mimi").kind == "mimi"
+
+
+def test_what_is_in_a_folder_is_never_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(folder / "hubert", project / "model")
+    before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    hubert = ("--kind", "hubert", "--model", project / "model", "--layer", 2)
+    for command in (
+        ("fit", folder / "audio", *hubert, "--num-units", 8),
+        ("fit", folder / "audio", "--num-units", 8),
+        ("import", *hubert, "--kmeans", folder / "kmeans.npy"),
+    ):
+        assert run(*command, "--output", project) == 1
+        assert f"{project} exists and is not an empty folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == [project]
+
+
+@pytest.mark.parametrize("kind", ["mel", "hubert"])
+def test_files_that_cannot_be_used_are_left_out_and_named(
+    kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "audio", tmp_path / "audio")
+    (tmp_path / "audio" / "broken.wav").write_bytes(b"no audio")
+    save_wav(tmp_path / "audio" / "click.wav", noise(0.005), 16_000)
+    model = ("--kind", "hubert", "--model", folder / "hubert", "--layer", 2) if kind == "hubert" else ()
+    for name, audio in (("all", folder / "audio"), ("some", tmp_path / "audio")):
+        assert run("fit", audio, *model, "--num-units", 8, "--output", tmp_path / name) == 0
+    expected = load_speech_tokenizer(tmp_path / "all").fingerprint
+    assert load_speech_tokenizer(tmp_path / "some").fingerprint == expected
+    fit_errors = capsys.readouterr().err
+    assert run("encode", tmp_path / "some", tmp_path / "audio") == 0
+    printed = capsys.readouterr()
+    assert [Path(json.loads(line)["audio"]).name for line in printed.out.splitlines()] == ["0.wav", "1.wav"]
+    for errors in (fit_errors, printed.err):
+        assert f"left out {tmp_path / 'audio' / 'broken.wav'}: " in errors
+        assert f"left out {tmp_path / 'audio' / 'click.wav'}: " in errors
+        assert "2 of 4 files left out as unusable\n" in errors
+
+    (tmp_path / "empty").mkdir()
+    for audio, reason in ((tmp_path / "audio" / "broken.wav", "the first: "), (tmp_path / "empty", "there are none")):
+        assert run("fit", audio, *model, "--num-units", 8, "--output", tmp_path / "none") == 1
+        assert f"no recording can be used ({reason}" in capsys.readouterr().err
+        assert run("encode", tmp_path / "some", audio) == 1
+        assert "no audio file can be used" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_preset_is_imported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,13 +67,16 @@ def _fit_tokenizer(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import track
 
+    from smoltolk.data.recordings import stream_usable
     from smoltolk.data.sources import audio_files
-    from smoltolk.speech.audio import stream_audio
+    from smoltolk.model.export import new_folder
+
+    paths = audio_files(options.audio)
+    left_out = _LeftOut(len(paths))
 
     def audios(sample_rate_hz: int) -> Any:
-        console = Console(stderr=True)
-        for path in track(audio_files(options.audio), "frames", console=console, transient=True):
-            yield stream_audio(path, sample_rate_hz=sample_rate_hz)
+        tracked = track(paths, "frames", console=Console(stderr=True), transient=True)
+        yield from stream_usable(tracked, sample_rate_hz=sample_rate_hz, on_failure=left_out.add)
 
     tokenizer: SpeechTokenizer
     num_units = options.num_units
@@ -84,47 +88,58 @@ def _fit_tokenizer(options: argparse.Namespace) -> None:
         _refuse_options(options, "--kind mel", "model", "layer", "normalize")
         if (options.device, options.dtype) != ("cpu", "float32"):
             raise ValueError("--device and --dtype are for --kind hubert: a mel tokenizer has no network")
-        tokenizer = MelTokenizer.fit(audios(MelTokenizer.sample_rate_hz), num_units=num_units, seed=options.seed)
+        with new_folder(options.output) as folder:
+            tokenizer = MelTokenizer.fit(audios(MelTokenizer.sample_rate_hz), num_units=num_units, seed=options.seed)
+            tokenizer.save(folder)
     else:
         from smoltolk.speech.hubert import HubertTokenizer, load_hubert
 
         _require_options(options, "--kind hubert", "model", "layer")
-        model, settings = load_hubert(options.model, layer=options.layer, is_normalized=options.normalize)
-        tokenizer = HubertTokenizer.fit(
-            audios(settings.sample_rate_hz),
-            model,
-            settings,
-            num_units=num_units,
-            seed=options.seed,
-            device=options.device,
-            dtype=options.dtype,
-        )
-    _save(tokenizer, options.output)
+        with new_folder(options.output) as folder:
+            model, settings = load_hubert(options.model, layer=options.layer, is_normalized=options.normalize)
+            tokenizer = HubertTokenizer.fit(
+                audios(settings.sample_rate_hz),
+                model,
+                settings,
+                num_units=num_units,
+                seed=options.seed,
+                device=options.device,
+                dtype=options.dtype,
+            )
+            tokenizer.save(folder)
+    _print_made(tokenizer, options.output)
+    left_out.print_count()
 
 
 def _import_tokenizer(options: argparse.Namespace) -> None:
-    tokenizer: SpeechTokenizer
+    from smoltolk.model.export import new_folder
+
+    with new_folder(options.output) as folder:
+        tokenizer = _imported(options)
+        tokenizer.save(folder)
+    _print_made(tokenizer, options.output)
+
+
+def _imported(options: argparse.Namespace) -> "SpeechTokenizer":
     if options.preset is not None:
         from smoltolk.speech.hubert import HubertTokenizer
 
         _refuse_options(options, f"--preset {options.preset}", "kind", "model", "layer", "normalize")
-        tokenizer = HubertTokenizer.mhubert_25hz(options.kmeans)
-    elif options.kind == "hubert":
+        return HubertTokenizer.mhubert_25hz(options.kmeans)
+    if options.kind == "hubert":
         from smoltolk.speech.hubert import HubertTokenizer
 
         _require_options(options, "--kind hubert", "model", "layer", "kmeans")
-        tokenizer = HubertTokenizer.from_pretrained(
+        return HubertTokenizer.from_pretrained(
             options.model, layer=options.layer, kmeans=options.kmeans, is_normalized=options.normalize
         )
-    elif options.kind == "mimi":
+    if options.kind == "mimi":
         from smoltolk.speech.mimi import MimiTokenizer
 
         _refuse_options(options, "--kind mimi", "layer", "normalize", "kmeans")
         _require_options(options, "--kind mimi", "model")
-        tokenizer = MimiTokenizer.from_pretrained(options.model)
-    else:
-        raise ValueError(f"nothing to import: give --kind, or --preset {_PRESET}")
-    _save(tokenizer, options.output)
+        return MimiTokenizer.from_pretrained(options.model)
+    raise ValueError(f"nothing to import: give --kind, or --preset {_PRESET}")
 
 
 def _encode(options: argparse.Namespace) -> None:
@@ -133,14 +148,37 @@ def _encode(options: argparse.Namespace) -> None:
     from smoltolk.speech.units import load_speech_tokenizer
 
     tokenizer = load_speech_tokenizer(options.tokenizer, device=options.device, dtype=options.dtype)
-    for path in audio_files(options.audio):
-        encoded = tokenizer.encode_stream(stream_audio(path, sample_rate_hz=tokenizer.sample_rate_hz))
+    paths = audio_files(options.audio)
+    left_out = _LeftOut(len(paths))
+    for path in paths:
+        try:
+            encoded = tokenizer.encode_stream(stream_audio(path, sample_rate_hz=tokenizer.sample_rate_hz))
+        except ValueError as error:
+            left_out.add(path, str(error))
+            continue
         line = {"audio": str(path), "units": encoded.units.tolist(), "durations": encoded.durations.tolist()}
         print(json.dumps(line, ensure_ascii=False), flush=True)
+    left_out.print_count()
+    if left_out.count == len(paths):
+        raise ValueError("no audio file can be used: give audio files, or folders of them")
 
 
-def _save(tokenizer: "SpeechTokenizer", output: Path) -> None:
-    tokenizer.save(output)
+class _LeftOut:
+    """Says which files were left out, and why, and how many of `num_files` they were."""
+
+    def __init__(self, num_files: int) -> None:
+        self.num_files, self.count = num_files, 0
+
+    def add(self, path: Path, reason: str) -> None:
+        self.count += 1
+        print(f"left out {path}: {reason}", file=sys.stderr)
+
+    def print_count(self) -> None:
+        if self.count:
+            print(f"{self.count} of {self.num_files} files left out as unusable", file=sys.stderr)
+
+
+def _print_made(tokenizer: "SpeechTokenizer", output: Path) -> None:
     print(
         f"{output}: {tokenizer.num_units} units at {tokenizer.unit_rate_hz:g} Hz, fingerprint {tokenizer.fingerprint}"
     )

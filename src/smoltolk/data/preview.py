@@ -136,11 +136,16 @@ def preview(
         max_audio_bytes: sound that the page takes at most; later spans are silent, and say why.
 
     Raises:
-        ValueError: a setting is out of range, nothing can be drawn, or tokenizer or vocoder are not the store's.
+        ValueError: a setting is out of range, nothing can be drawn, the page cannot be written where it is to be, or
+            tokenizer or vocoder are not the store's.
         ImportError: the extra `demo` is not installed.
     """
     if rows < 1:
         raise ValueError(f"rows is {rows}: give 1 or more")
+    output = Path(output)
+    if output.is_dir() or not output.parent.is_dir():  # said before the work, not after it
+        fault = "is a folder" if output.is_dir() else f"lies in {output.parent}, which is not a folder"
+        raise ValueError(f"output {output} {fault}: give the name of a file in a folder that is there")
     if text_tokenizer is not None:
         store.require(text_fingerprint=tokenizer_fingerprint(text_tokenizer))
     if vocoder is not None:
@@ -161,7 +166,7 @@ def preview(
         where = source_of_places.batch(seed, 0, rows=range(row, row + 1)).input_ids[0].numpy()
         items = _positions(batch.input_ids[0].numpy(), batch.labels[0].numpy(), where, places, ids)
         drawn.append(_row(batch.tasks[0], items, store, text_tokenizer, sounds))
-    _write(Path(output), store, drawn, {"seed": seed, "split": split, "row_tokens": row_tokens, "policy": policy})
+    _write(output, store, drawn, {"seed": seed, "split": split, "row_tokens": row_tokens, "policy": policy})
     return drawn
 
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from smoltolk.data.sources import audio_files, read_manifest
-from smoltolk.speech.audio import load_audio
+from smoltolk.speech.audio import AudioError, load_audio, stream_audio
 from smoltolk.speech.mel_vocoder import MelVocoder
 from smoltolk.speech.resynthesis import Recording
 from smoltolk.speech.units import SpeechTokenizer, Units
 
+_SHORTEST_STREAM_S = 0.1  # above a frame of any tokenizer, which it takes to fit one
 _SHORTEST_CUT_S = 1.0  # what is left below this when the bound is near is not worth a cut
 
 
@@ -108,6 +110,48 @@ def fit_mel_vocoder(
 
     vocoder = MelVocoder.fit(pairs(), tokenizer, steps=steps, seed=seed, progress=progress)
     return FittedVocoder(vocoder, len(used_s), sum(used_s), tuple(failed))
+
+
+def stream_usable(
+    paths: Iterable[Path], *, sample_rate_hz: int, on_failure: Callable[[Path, str], None]
+) -> Iterator[Iterator[np.ndarray]]:
+    """The blocks of each recording that can be used, to fit a speech tokenizer.
+
+    Args:
+        paths: audio files.
+        sample_rate_hz: wanted sampling rate.
+        on_failure: called with each file that cannot be used, or is shorter than 0.1 s, and the reason.
+
+    Raises:
+        ValueError: no recording can be used; names the first.
+    """
+    num_used = 0
+    first_reason = "there are none"
+    for path in paths:
+        try:
+            blocks = stream_audio(path, sample_rate_hz=sample_rate_hz)
+            start = _start_of(blocks, path, sample_rate_hz)
+        except AudioError as error:
+            if first_reason == "there are none":
+                first_reason = f"the first: {error}"
+            on_failure(path, str(error))
+            continue
+        num_used += 1
+        yield chain(start, blocks)
+    if not num_used:
+        raise ValueError(f"no recording can be used ({first_reason}): give recordings of speech")
+
+
+def _start_of(blocks: Iterator[np.ndarray], path: Path, sample_rate_hz: int) -> list[np.ndarray]:
+    """So many blocks of a recording that it is known not to be too short."""
+    start: list[np.ndarray] = []
+    seconds = 0.0
+    for block in blocks:
+        start.append(block)
+        seconds += len(block) / sample_rate_hz
+        if seconds >= _SHORTEST_STREAM_S:
+            return start
+    raise AudioError(f"{path} lasts {seconds:.3f} s: {_SHORTEST_STREAM_S:g} s or more are needed")
 
 
 def _manifest_recordings(manifest: Path) -> Iterator[Recording]:

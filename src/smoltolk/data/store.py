@@ -47,6 +47,7 @@ from smoltolk.data.utterance import (
 from smoltolk.speech.audio import write_atomically
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"  # stays in every folder that was ever written to
 ROWS_PER_SHARD = ROWS_PER_GROUP
 
 
@@ -68,15 +69,17 @@ def lock(folder: Path) -> Iterator[None]:
         ValueError: another writer holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
+    with open(folder / LOCK, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
                 f"{folder} is being written by another process: wait for it to end, or choose another folder"
             ) from None
-        for leftover in folder.rglob(".*.part"):  # of a writer that was killed
-            leftover.unlink()
+        for pattern in (".*.part", "blocks/.*.part", "blocks/*/.*.part"):  # where writers write, and no deeper
+            for leftover in folder.glob(pattern):  # of a writer that was killed
+                if leftover.is_file():
+                    leftover.unlink()
         yield
 
 
@@ -113,7 +116,8 @@ class StoreWriter:
         rows_per_shard: utterances in a shard.
 
     Raises:
-        ValueError: there is a store at `path` already, or another writer is at work there.
+        ValueError: there is a store at `path` already, or files that are not of a writer of stores, or another
+            writer is at work there.
     """
 
     def __init__(
@@ -134,6 +138,7 @@ class StoreWriter:
         self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> "StoreWriter":
+        _refuse_files_of_others(self.path)
         self._lock.enter_context(lock(self.path))
         if (self.path / MANIFEST).exists():
             self._lock.close()
@@ -168,6 +173,18 @@ class StoreWriter:
     def _flush(self) -> None:
         self._shards.append(write_shard(self.path, len(self._shards), self._pending, self.metadata))
         self._pending = []
+
+
+def _refuse_files_of_others(folder: Path) -> None:
+    """Raise if a folder that was never locked, by no writer of stores that is, holds files."""
+    if not folder.is_dir() or (folder / LOCK).exists() or (folder / MANIFEST).exists():
+        return
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if files:
+        raise ValueError(
+            f"{folder} holds files that are not of a store, such as {files[0].name}: choose another folder, or move "
+            f"them away"
+        )
 
 
 def write_store(
@@ -233,10 +250,20 @@ class Store:
             raise ValueError(
                 f"{self.path} is not a store (no {MANIFEST}): give the output folder of a finished `prepare`"
             ) from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): prepare the store again") from None
+        if not isinstance(manifest, dict):
+            raise ValueError(f"{path} is damaged (it holds no object): prepare the store again")
         check_version(manifest.get("format_version"), path)
-        return [Shard(**shard) for shard in manifest["shards"]]
+        try:
+            shards = [Shard(**shard) for shard in manifest["shards"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged (its shards cannot be read: {error}): prepare the store again"
+            ) from None
+        if not shards:
+            raise ValueError(f"{path} is damaged (it names no shards): prepare the store again")
+        return shards
 
     def _open_shard(self, number: int, shard: Shard) -> None:
         path = self.path / shard.file
@@ -368,8 +395,8 @@ class Store:
         ):
             if wanted is not None and wanted != found:
                 raise ValueError(
-                    f"{self.path} was made with the {kind} tokenizer {found}, the model needs {wanted}: "
-                    f"prepare the store with the model's {kind} tokenizer"
+                    f"{self.path} was made with the {kind} tokenizer {found}, {wanted} is needed: "
+                    f"prepare the store with that {kind} tokenizer"
                 )
 
     def verify(self) -> None:

@@ -117,16 +117,19 @@ class Aligner(ABC):
         return Alignment(starts_s, ends_s, confidence)
 
 
-def make_aligner(kind: str, model: str | None = None, min_confidence: float | None = None) -> Aligner:
+def make_aligner(
+    kind: str, model: str | None = None, min_confidence: float | None = None, device: str = "cpu"
+) -> Aligner:
     """An aligner by its kind.
 
     Args:
         kind: "pocketsphinx" or "ctc".
         model: for "ctc", the name or folder of a CTC model.
         min_confidence: utterances with less are refused.
+        device: where the model of "ctc" runs; pocketsphinx runs on the CPU.
 
     Raises:
-        ValueError: the kind is unknown, or the model is missing, unfit or not wanted.
+        ValueError: the kind is unknown, the model is missing, unfit or not wanted, or the device is not there.
         ImportError: pocketsphinx is not installed.
     """
     from smoltolk.speech.ctc_aligner import CtcAligner  # here, since these files build on this one
@@ -139,7 +142,7 @@ def make_aligner(kind: str, model: str | None = None, min_confidence: float | No
     if kind == CtcAligner.kind:
         if model is None:
             raise ValueError("model is missing: ctc needs the name or folder of a CTC model")
-        return CtcAligner(model, min_confidence)
+        return CtcAligner(model, min_confidence, device)
     raise ValueError(f"aligner is {kind!r}: choose pocketsphinx or ctc")
 
 

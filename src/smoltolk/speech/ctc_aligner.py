@@ -39,9 +39,10 @@ class CtcAligner(Aligner):
     Args:
         model: name or folder of the model with its tokenizer and feature extractor.
         min_confidence: utterances with less are refused; None for no limit.
+        device: where the model runs. It does not enter the fingerprint.
 
     Raises:
-        ValueError: the model is no CTC model on waveforms, or its vocabulary has no letters.
+        ValueError: the device is not there, the model is no CTC model on waveforms, or its vocabulary has no letters.
         OSError: the model is not there.
     """
 
@@ -51,10 +52,13 @@ class CtcAligner(Aligner):
     _CONTEXT_S = 2.0
     _MAX_LATTICE_BYTES = 2**31
 
-    def __init__(self, model: str, min_confidence: float | None = None) -> None:
+    def __init__(self, model: str, min_confidence: float | None = None, device: str = "cpu") -> None:
         super().__init__(min_confidence)
         from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
 
+        from smoltolk.speech.neural import check_device
+
+        self.device = str(check_device(device))
         self.model = str(model)
         config = AutoConfig.from_pretrained(self.model)
         extractor = AutoFeatureExtractor.from_pretrained(self.model)
@@ -90,7 +94,7 @@ class CtcAligner(Aligner):
         return self.__dict__ | {"_model": None}
 
     def settings(self) -> dict[str, Any]:
-        """All that the times depend on, besides audio and text; loads the model to hash its weights."""
+        """All that the times depend on, besides audio and text; loads the model to hash its weights, on the CPU."""
         sha256 = hashlib.sha256()
         for name, weights in sorted(self._loaded_model().state_dict().items()):
             sha256.update(name.encode())
@@ -111,7 +115,7 @@ class CtcAligner(Aligner):
         """Log-probability of each token in each frame, float32 (frames, vocab), of a waveform (samples,)."""
         import torch
 
-        model = self._loaded_model()
+        model = self._loaded_model().to(self.device)
         if self._is_normalized:  # over the whole utterance, as the feature extractor does it
             audio = (audio - audio.mean()) / np.sqrt(audio.var() + 1e-7)
         num_frames = (len(audio) - self._receptive_field) // self._stride + 1
@@ -125,19 +129,19 @@ class CtcAligner(Aligner):
             begin, end = max(0, first - context), min(last + context, num_frames)
             stop = len(audio) if end == num_frames else (end - 1) * self._stride + self._receptive_field
             samples = audio[begin * self._stride : stop]
-            inputs = torch.from_numpy(samples.astype(np.float32))[None].to(model.device)
+            inputs = torch.from_numpy(samples.astype(np.float32))[None].to(self.device)
             with torch.inference_mode():
                 logits = model(inputs).logits[0, first - begin : last - begin]
             pieces.append(logits.float().log_softmax(-1).cpu().numpy())
         return np.concatenate(pieces)
 
     def _loaded_model(self) -> Any:
+        """The model: on the CPU, until audio goes through it."""
         if self._model is None:
             import torch
             from transformers import AutoModelForCTC
 
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._model = AutoModelForCTC.from_pretrained(self.model, dtype=torch.float32).eval().to(device)
+            self._model = AutoModelForCTC.from_pretrained(self.model, dtype=torch.float32).eval()
         return self._model
 
     def _align(self, audio: np.ndarray, words: list[str]) -> Alignment:

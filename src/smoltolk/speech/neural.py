@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from smoltolk.speech.audio import write_atomically
-from smoltolk.speech.units import CARD_FILE, SpeechTokenizer, Units, check_block
+from smoltolk.speech.units import CARD_FILE, SpeechTokenizer, Units, check_block, read_card
 
 MODEL_FOLDER = "model"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -185,8 +185,19 @@ class NeuralTokenizer(SpeechTokenizer):
         """Write `tokenizer.json`, `kmeans.safetensors` where there is one, and the model in `model/`.
 
         The card comes last: a folder without it was not finished.
+
+        Raises:
+            ValueError: the folder has a `model/` that is not part of a tokenizer.
         """
         folder = Path(path)
+        if (folder / MODEL_FOLDER).exists():
+            try:
+                read_card(folder)
+            except ValueError as error:
+                raise ValueError(
+                    f"{folder / MODEL_FOLDER} is there, and not part of a speech tokenizer: choose another folder, or "
+                    "remove it"
+                ) from error
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CARD_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
