@@ -5,7 +5,7 @@ DEMO_FOLDER ?= demo-run
 DEMO_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-quick test test-all lint types check format clean
+.PHONY: help install demo demo-quick test lint types check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
