@@ -175,6 +175,17 @@ def test_columns_that_are_not_there_are_said_with_those_that_are(tmp_path):
     assert row.error == "text is 3: give a string"
 
 
+@pytest.mark.parametrize("suffix", ["txt", "csv"])
+def test_a_folder_of_files_without_known_columns_is_refused_with_what_is_read(tmp_path, suffix):
+    (tmp_path / f"stories.{suffix}").write_text("text\none\n")
+    with pytest.raises(ValueError, match=r"Parquet and JSON files and what .* are read; give .txt and .csv files one"):
+        open_source(f"text:{tmp_path}").scan(1)
+    (tmp_path / f"stories.{suffix}").unlink()
+    (tmp_path / "stories.jsonl").write_text('{"text": "one"}\n')
+    (row,) = rows_of(open_source(f"text:{tmp_path}"))[0]
+    assert row.text == "one"
+
+
 def test_a_name_that_cannot_be_opened_is_said(tmp_path):
     with pytest.raises(ValueError, match="hf:nobody/nothing cannot be opened"):
         open_source("hf:nobody/nothing@main:config:test").scan(1)

@@ -95,6 +95,11 @@ class HubSource(Source):
         """
         dataset, identity, num_rows = self._open()
         features = dataset.features or {}
+        if not features:
+            raise ValueError(
+                f"{self.name} does not say its columns: of a folder, Parquet and JSON files and what save_to_disk "
+                f"wrote are read; give .txt and .csv files one by one, for their texts as text:FILE"
+            )
         if self._wanted is None:
             self._columns = {column: column for column in COLUMNS if column in features}
         else:
