@@ -96,6 +96,12 @@ def set_gradient_sync(model: SmolTolkForCausalLM, *, is_on: bool) -> None:
         model.set_requires_gradient_sync(is_on)  # type: ignore[operator]
 
 
+def reshard(model: SmolTolkForCausalLM) -> None:
+    """Gives back what a forward pass without a backward pass has gathered; else the weights would stay whole."""
+    if hasattr(model, "reshard"):
+        model.reshard()  # type: ignore[operator]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be spread over ranks, in one piece."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -24,7 +24,7 @@ from smoltolk.speech.units import load_speech_tokenizer
 from smoltolk.speech.vocoder import load_vocoder
 from smoltolk.training.checkpoints import Checkpointer, RunState, list_checkpoints, load_checkpoint, load_state
 from smoltolk.training.config import Recipe, StageSettings
-from smoltolk.training.distributed import join_ranks, set_gradient_sync, shard, whole
+from smoltolk.training.distributed import join_ranks, reshard, set_gradient_sync, shard, whole
 from smoltolk.training.loader import load_batches
 from smoltolk.training.optim import make_optimizer, training_flops, trapezoid
 
@@ -388,6 +388,7 @@ class Trainer:
                 selected = [a + b for a, b in zip(selected, found, strict=True)]
             num_labels = max(1, sum(self.model.count_labels(batch.input_ids, batch.labels)))
             metrics[f"validation_{task}_loss"] = finite(self.ranks.sum(total)[0] / num_labels)
+        reshard(self.model)
         *weight_sums, entropy_sum, count = self.ranks.sum(*selected)
         if count:
             metrics["selector_entropy"] = finite(entropy_sum / count)
