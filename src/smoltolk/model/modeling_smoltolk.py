@@ -373,10 +373,9 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
         Layers of a stack share their code, so that it is compiled once. What reads their outputs stays outside.
         """
-        for layer in chain(self.body.layers, self.output_adapter.layers):
+        # The same options for all: stacks share their code, and would share one that is slower for being general.
+        for layer in chain(self.body.layers, self.output_adapter.layers, self.input_adapter.layers):
             layer.forward = torch.compile(layer.forward, **options)
-        for layer in self.input_adapter.layers:  # its batches differ in number and length of segments
-            layer.forward = torch.compile(layer.forward, **{"dynamic": True} | options)
 
     def forward(
         self,
