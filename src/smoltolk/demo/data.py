@@ -40,6 +40,7 @@ class DataSettings:
     """Sizes of a seed's data.
 
     Args:
+        world_share: share of the world's words and facts that there are.
         num_spoken: stories that are spoken.
         num_written: stories that only the text backbone and the text rows see.
         num_units: speech units.
@@ -50,6 +51,7 @@ class DataSettings:
         cloze_couples: couples of cloze items of each kind, in either set.
     """
 
+    world_share: float = 1.0
     num_spoken: int = 6000
     num_written: int = 60000
     num_units: int = 64
@@ -154,7 +156,7 @@ class Miniature:
     @cached_property
     def world(self) -> World:
         """The seed's world."""
-        return World(self.seed)
+        return World(self.seed, share=self.settings.world_share)
 
     @cached_property
     def spoken(self) -> list[str]:

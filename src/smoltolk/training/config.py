@@ -162,6 +162,33 @@ class Mixture(Strict):
         return TaskMixture(**{task: getattr(self, task) for task in TASKS})
 
 
+class DistillationSettings(Strict):
+    """Weights of the terms by which the untouched text LM teaches at the words that are spoken; 0 for none.
+
+    Args:
+        hidden_states: 1 − cosine of hidden states, mean over all layers, at word ends.
+        next_token: KL divergence of the next text token at word ends.
+        switch: the same at switches to speech.
+        word: cross-entropy of the word being said, at its units but the last.
+    """
+
+    hidden_states: NotNegativeFloat = 0.0
+    next_token: NotNegativeFloat = 0.0
+    switch: NotNegativeFloat = 0.0
+    word: NotNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _teaches(self) -> "DistillationSettings":
+        if not any(self.weights.values()):
+            raise ValueError(f"all weights are 0: give {', '.join(self.weights)} a weight, or leave distillation out")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
 class StageSettings(Strict):
     """One stage of training; it starts with a fresh optimizer.
 
@@ -179,6 +206,7 @@ class StageSettings(Strict):
         weight_decay: AdamW weight decay, on matrices only (not on embeddings, norms and biases).
         betas: AdamW betas.
         clip_norm: largest norm of the gradient.
+        distillation: what a frozen copy of the text LM teaches, None for nothing.
     """
 
     train: Literal["speech", "everything"]
@@ -194,6 +222,13 @@ class StageSettings(Strict):
     weight_decay: NotNegativeFloat = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: PositiveFloat = 1.0
+    distillation: DistillationSettings | None = None
+
+    @model_validator(mode="after")
+    def _has_words_to_teach(self) -> "StageSettings":
+        if self.distillation is not None and not self.mixture.interleaved and not self.mixture.speech:
+            raise ValueError("distillation needs rows of interleaved or speech: give them a share, or leave it out")
+        return self
 
 
 class ValidationSettings(Strict):

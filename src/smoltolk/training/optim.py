@@ -1,5 +1,8 @@
 """Parameter groups, learning-rate schedule, and the account of training FLOPs."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -66,6 +69,16 @@ def mixing_size(config: SmolTolkConfig) -> int:
     return mix + perceptron(source_size, config.selector_hidden_size, num_layers)
 
 
+def layer_sizes(lm: Any) -> tuple[int, int]:
+    """Weights in the matrices of a decoder layer, and the width of its attention over all heads."""
+    dim = lm.hidden_size
+    head_dim = getattr(lm, "head_dim", None) or dim // lm.num_attention_heads
+    kv_heads = getattr(lm, "num_key_value_heads", None) or lm.num_attention_heads
+    projections = 2 * dim * head_dim * (lm.num_attention_heads + kv_heads)  # queries and output, keys and values
+    feed_forward = (2 if lm.model_type == "gpt_neox" else 3) * dim * lm.intermediate_size  # not gated, or gated
+    return projections + feed_forward, lm.num_attention_heads * head_dim
+
+
 def training_flops(
     config: SmolTolkConfig,
     *,
@@ -85,13 +98,8 @@ def training_flops(
     """
     lm = config.lm_config
     dim, num_layers = lm.hidden_size, lm.num_hidden_layers
-    head_dim = getattr(lm, "head_dim", None) or dim // lm.num_attention_heads
-    kv_heads = getattr(lm, "num_key_value_heads", None) or lm.num_attention_heads
-    layer = (
-        2 * dim * head_dim * (lm.num_attention_heads + kv_heads)  # queries and output, keys and values
-        + (2 if lm.model_type == "gpt_neox" else 3) * dim * lm.intermediate_size  # not gated, or gated
-    )
-    attention = 2 * row_tokens * lm.num_attention_heads * head_dim
+    layer, attention_size = layer_sizes(lm)
+    attention = 2 * row_tokens * attention_size
     passes = 6 if is_backbone_trained else 4
     flops = num_layers * num_tokens * (passes * layer + 3 * attention)
     flops += config.num_output_adapter_layers * num_tokens * (6 * layer + 3 * attention)
@@ -100,3 +108,31 @@ def training_flops(
     flops += num_text_labels * passes * lm.vocab_size * dim
     flops += num_speech_labels * 6 * config.ids.num_speech_tokens * dim
     return flops
+
+
+def distillation_flops(
+    config: SmolTolkConfig,
+    *,
+    weights: Mapping[str, float],
+    counts: Mapping[str, float],
+    num_read: int,
+    num_read_squared: int,
+    is_backbone_trained: bool,
+) -> int:
+    """What distillation adds to `training_flops`, counted alike; a second making of many logits is left out.
+
+    Args:
+        config: the model's.
+        weights: weight of each term.
+        counts: number of places of each term.
+        num_read: text tokens that the teacher reads.
+        num_read_squared: sum over rows of their squares.
+        is_backbone_trained: whether the student's text head learns.
+    """
+    lm = config.lm_config
+    layer, attention_size = layer_sizes(lm)
+    flops = lm.num_hidden_layers * (2 * layer * num_read + 2 * attention_size * num_read_squared)
+    head = lm.vocab_size * lm.hidden_size
+    taught = sum(int(counts[name]) for name in ("next_token", "switch") if weights[name])
+    labelled = int(counts["word"]) if weights["word"] else 0
+    return flops + 2 * head * taught + (6 if is_backbone_trained else 4) * head * (taught + labelled)
