@@ -104,12 +104,15 @@ def _ablate(options: argparse.Namespace) -> None:
 
     ablation = load_ablation(options.recipe)
     if options.table_only:
-        agree(ablation, options.output, is_new_allowed=False)
+        agree(ablation, options.output, is_running=False)
     else:
         run_ablation(ablation, options.output, jobs=options.jobs)
     path, tables = write_tables(ablation, options.output)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # in a file nothing has to be folded
     for table in tables:
-        Console().print(table)
+        console.print(table)
     print(path)
 
 

@@ -56,6 +56,7 @@ class Ended:
 class _Running:
     process: Any
     counter: Any
+    is_listening: Any
     log: Path
     bar_task: TaskID
     started: float
@@ -96,14 +97,13 @@ class Lanes:
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
-        counter = context.Value("l", 0)
-        process = context.Process(target=_run_lane, args=(lane.function, lane.arguments, counter, log), daemon=False)
+        counter, is_listening = context.Value("l", 0), context.Value("b", False)
+        process = context.Process(target=_run_lane, args=(lane, counter, is_listening, log), daemon=False)
         # A child ignores Ctrl-C until it can hear of it from its parent.
         with _without_ctrl_c(), _environment(environment or {}):
             process.start()
-        self._running[name] = _Running(
-            process, counter, log, self.bar.add_task(name, total=lane.total), time.perf_counter()
-        )
+        bar_task = self.bar.add_task(name, total=lane.total)
+        self._running[name] = _Running(process, counter, is_listening, log, bar_task, time.perf_counter())
 
     def wait(self) -> Ended:
         """Waits for the next lane to end."""
@@ -125,7 +125,9 @@ class Lanes:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for lane in self._running.values():
-            if lane.process.is_alive():
+            if not lane.is_listening.value:  # still on its way: nothing is begun that could be lost
+                lane.process.kill()
+            elif lane.process.is_alive():
                 os.kill(lane.process.pid, signal.SIGINT)
         for lane in self._running.values():
             lane.process.join()
@@ -179,9 +181,10 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _run_lane(function: Callable[..., None], arguments: tuple[Any, ...], counter: Any, log: Path) -> None:
+def _run_lane(lane: Lane, counter: Any, is_listening: Any, log: Path) -> None:
     os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on once
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    is_listening.value = True
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     import torch
     from threadpoolctl import threadpool_limits
@@ -196,7 +199,7 @@ def _run_lane(function: Callable[..., None], arguments: tuple[Any, ...], counter
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         with contextlib.suppress(KeyboardInterrupt):
-            function(*arguments, progress=progress)
+            lane.function(*lane.arguments, progress=progress)
             return
     sys.exit(1)
 

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from smoltolk.data.dataset import TASKS
 from smoltolk.data.store import Store, lock
 from smoltolk.evaluation.tasks import PAIRS, load_cloze
-from smoltolk.experiments.ablation import Ablation, Variant
+from smoltolk.experiments.ablation import Ablation, Variant, setting_name
 from smoltolk.experiments.lanes import Lane, Lanes
 from smoltolk.experiments.runs import Run, run_name, score, train
 from smoltolk.speech.audio import write_atomically
+from smoltolk.speech.units import load_speech_tokenizer
 
 DEVELOPMENT, FRESH = "development", "fresh"
 SPEECH_PAIRS = tuple(pair for pair in PAIRS if "S" in pair)
@@ -41,6 +45,15 @@ class Choice:
     scores: list[float | None]
     losses: list[float | None]
     chosen: Run | None
+
+    def __str__(self) -> str:
+        if self.chosen is None:
+            return "diverged at every setting"
+        found = ", ".join(
+            f"{setting_name(run.setting)} {'diverged' if score is None else f'{100 * score:.2f} %'}"
+            for run, score in zip(self.runs, self.scores, strict=True)
+        )
+        return f"chose {setting_name(self.chosen.setting)} on development items ({found})"
 
     @property
     def edge(self) -> str | None:
@@ -168,7 +181,7 @@ def choose(runs: list[Run]) -> Choice:
         scores.append(None if accuracy is None else speech_accuracy(accuracy))
         losses.append(None if accuracy is None else validation_loss(run.training()))
     order = [
-        (-found, float("inf") if loss is None else loss, i)
+        (round(-found, 9), float("inf") if loss is None else loss, i)
         for i, (found, loss) in enumerate(zip(scores, losses, strict=True))
         if found is not None
     ]
@@ -222,11 +235,25 @@ def run_ablation(ablation: Ablation, output: Path, *, jobs: int = 1) -> None:
         raise ValueError(f"jobs is {jobs}: give 1 or more")
     with lock(output):
         agree(ablation, output)
-        check_stores(ablation)
+        check_data(ablation)
         try:
-            _run_tasks(Course(ablation, output), jobs)
+            with _terminated_like_ctrl_c():
+                _run_tasks(Course(ablation, output), jobs)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(HINT) from None
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Takes SIGTERM as Ctrl-C, so that runs can save."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say who hears signals
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _run_tasks(course: Course, jobs: int) -> None:
@@ -234,6 +261,7 @@ def _run_tasks(course: Course, jobs: int) -> None:
     failed: dict[str, Path] = {}
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     slots: dict[str, int] = {}
+    chosen = {variant.name for variant in course.ablation.variants if course.choice(variant) is not None}
     gpus = visible_gpus()
     with Progress(*columns, console=console) as bar, Lanes(bar) as lanes:
         whole = bar.add_task("runs trained")
@@ -257,6 +285,10 @@ def _run_tasks(course: Course, jobs: int) -> None:
                 failed[ended.name] = ended.log
             said = f"failed, see {ended.log}" if ended.has_failed else f"{ended.seconds:.0f} s"
             console.print(f"{ended.name}: {said}", highlight=False, soft_wrap=True)
+            for variant in course.ablation.variants:
+                if variant.name not in chosen and (choice := course.choice(variant)) is not None:
+                    chosen.add(variant.name)
+                    console.print(f"{variant.name}: {choice}", highlight=False, soft_wrap=True)
     if failed:
         named = "\n".join(f"  {name}: see {log}" for name, log in failed.items())
         raise ChildProcessError(f"{len(failed)} runs failed; run the same command to try them again\n{named}")
@@ -271,19 +303,18 @@ def visible_gpus() -> list[str]:
     return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
-def agree(ablation: Ablation, output: Path, *, is_new_allowed: bool = True) -> None:
+def agree(ablation: Ablation, output: Path, *, is_running: bool = True) -> None:
     """Refuses another ablation than the folder holds; variants, seeds and values to try may be added.
 
     Args:
         ablation: the ablation.
         output: its folder.
-        is_new_allowed: whether the folder may be without one yet.
+        is_running: whether it is about to be run, and not only looked at.
 
     Raises:
-        ValueError: it is another one, or items are missing; says what differs.
+        ValueError: it is another one, or items are missing or cannot be used; says what differs.
     """
-    now = _decisive(ablation)
-    path = output / GUARD_FILE
+    now, path = _decisive(ablation), output / GUARD_FILE
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         for name in ("base", "first_seed", "validation"):
@@ -292,18 +323,28 @@ def agree(ablation: Ablation, output: Path, *, is_new_allowed: bool = True) -> N
         for name, found in before["items"].items():
             if now["items"].get(name, found) != found:
                 _refuse(output, f"the items {name} have changed")
-        for variant, runs in now["variants"].items():
-            for run, fingerprint in before["variants"].get(variant, {}).items():
-                if run not in runs:
-                    _refuse(output, f"variant {variant} no longer tries {run}")
-                if runs[run] != fingerprint:
-                    _refuse(output, f"variant {variant} has another recipe")
-        now["items"] = before["items"] | now["items"]
+        if missing := sorted(set(before["seeds"]) - set(now["seeds"])):
+            _refuse(output, f"seeds no longer hold {', '.join(map(str, missing))}")
+        for variant in ablation.variants:
+            if variant.name in before["variants"]:
+                _agree_on_variant(ablation, variant, before["variants"][variant.name], output)
         now["variants"] = before["variants"] | now["variants"]
-    elif not is_new_allowed:
+    elif not is_running:
         raise ValueError(f"{output} holds no ablation: run one, or give its folder")
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(now, indent=2).encode())
+    if is_running:
+        write_atomically(path, json.dumps(now, indent=2).encode())
+
+
+def _agree_on_variant(ablation: Ablation, variant: Variant, before: dict[str, Any], output: Path) -> None:
+    tried = [setting_name(setting) for setting in variant.sweep]
+    old = Variant(variant.name, before["settings"], before["sweep"], variant.explicit)
+    for setting in old.sweep:
+        if setting_name(setting) not in tried:
+            _refuse(output, f"variant {variant.name} no longer tries {setting_name(setting)}")
+        for seed in ablation.settings.seeds:
+            recipes = [ablation.recipe_of(some, setting, seed, "") for some in (old, variant)]
+            if recipes[0].fingerprint != recipes[1].fingerprint:
+                _refuse(output, f"variant {variant.name} has another recipe")
 
 
 def _refuse(output: Path, difference: str) -> None:
@@ -328,28 +369,28 @@ def _decisive(ablation: Ablation) -> dict[str, Any]:
     return {
         "base": ablation.settings.base,
         "first_seed": seeds[0],
+        "seeds": seeds,
         "validation": ablation.recipe.get("validation"),
         "items": hashes,
-        "variants": {
-            variant.name: {
-                run_name(variant.name, "tokens", setting, seed): ablation.recipe_of(
-                    variant, setting, seed, ""
-                ).fingerprint
-                for setting in variant.sweep
-                for seed in seeds
-            }
-            for variant in ablation.variants
-        },
+        "variants": {v.name: {"settings": v.settings, "sweep": v.sweep} for v in ablation.variants},
     }
 
 
-def check_stores(ablation: Ablation) -> None:
-    """Opens the stores of every seed, before hours are spent on the first.
+def check_data(ablation: Ablation) -> None:
+    """Opens stores and items of every seed, before hours are spent on the first.
 
     Raises:
-        ValueError: one cannot be read.
+        ValueError: one cannot be read, or items do not fit the speech tokenizer or have no speech.
     """
     for seed in ablation.settings.seeds:
         recipes = [ablation.recipe_of(variant, {}, seed, "") for variant in ablation.variants]
         for store in sorted({share.store for r in recipes for task in TASKS for share in r.data.stores(task)}):
             Store(store)
+        tokenizer = recipes[0].speech_tokenizer and load_speech_tokenizer(recipes[0].speech_tokenizer)
+        development = [ablation.development(seed)] if seed == ablation.first_seed else []
+        for path in [*development, ablation.fresh(seed)]:
+            if path.suffix != ".parquet":  # audio would have to be read
+                continue
+            items = load_cloze(path, tokenizer or None)
+            if not any(all(item.has(pair) for item in items) for pair in SPEECH_PAIRS):
+                raise ValueError(f"items {path} have no modality pair with speech: settings are chosen on those")

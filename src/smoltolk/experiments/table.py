@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def difference(values: Sequence[float]) -> dict[str, Any]:
 
 # ---- tables
 
-Section = tuple[str, list[str], list[list[str]]]
+Section = tuple[str, list[str], list[list[str]]]  # title, columns, rows; a cell has a line for each kind of items
 
 
 def _kinds(results: dict[str, Any]) -> list[str]:
@@ -204,26 +204,30 @@ def _setting(row: dict[str, Any]) -> str:
 
 def _accuracies(results: dict[str, Any]) -> Section:
     kinds = _kinds(results)
-    columns = ["variant", "budget", "rate", "seeds", *(f"{pair} {kind}" for pair in TABLE_PAIRS for kind in kinds)]
+    columns = ["variant", "budget", "rate", "seeds", "items", *TABLE_PAIRS]
     rows = []
     for row in results["rows"]:
-        cells = [_percent(row["accuracy"].get(pair, {}).get(kind)) for pair in TABLE_PAIRS for kind in kinds]
+        cells = [_by_kind(row["accuracy"], pair, kinds, _percent) for pair in TABLE_PAIRS]
         diverged = f", diverged: {', '.join(map(str, row['diverged_seeds']))}" if row["diverged_seeds"] else ""
-        rows.append([*_names(row), _setting(row), f"{len(row['seeds'])}{diverged}", *cells])
+        rows.append([*_names(row), _setting(row), f"{len(row['seeds'])}{diverged}", "\n".join(kinds), *cells])
     return "Accuracy on fresh items, %", columns, rows
 
 
 def _differences(results: dict[str, Any]) -> Section:
     kinds, base = _kinds(results), results["ablation"]["base"]
     pairs = (*TABLE_PAIRS, SPEECH_MEAN)
-    columns = ["variant", "budget", "seeds", *(f"{pair} {kind}" for pair in pairs for kind in kinds)]
+    columns = ["variant", "budget", "seeds", "items", *pairs]
     rows = []
     for row in results["rows"]:
         if row["differences"]:
-            found = [row["differences"].get(pair, {}).get(kind) for pair in pairs for kind in kinds]
-            n = max(d["n"] for d in found if d)
-            rows.append([*_names(row), str(n), *map(_interval, found)])
+            cells = [_by_kind(row["differences"], pair, kinds, _interval) for pair in pairs]
+            n = max(d["n"] for by_kind in row["differences"].values() for d in by_kind.values())
+            rows.append([*_names(row), str(n), "\n".join(kinds), *cells])
     return f"Difference to {base}, points", columns, rows
+
+
+def _by_kind(found: dict[str, Any], pair: str, kinds: list[str], shown: Callable[[Any], str]) -> str:
+    return "\n".join(shown(found.get(pair, {}).get(kind)) for kind in kinds)
 
 
 def _costs(results: dict[str, Any]) -> Section:
@@ -292,7 +296,7 @@ def _number(found: dict[str, Any] | None, form: str) -> str:
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |".replace("\n", "<br>") + "\n" for line in lines)
 
 
 def _terminal(title: str, columns: list[str], rows: list[list[str]]) -> Table:
