@@ -204,10 +204,10 @@ def _setting(row: dict[str, Any]) -> str:
 
 def _accuracies(results: dict[str, Any]) -> Section:
     kinds = _kinds(results)
-    columns = ["variant", "budget", "rate", "seeds", "items", *TABLE_PAIRS]
+    columns = ["variant", "budget", "rate", "seeds", "items", *TABLE_PAIRS, SPEECH_MEAN]
     rows = []
     for row in results["rows"]:
-        cells = [_by_kind(row["accuracy"], pair, kinds, _percent) for pair in TABLE_PAIRS]
+        cells = [_by_kind(row["accuracy"], pair, kinds, _percent) for pair in (*TABLE_PAIRS, SPEECH_MEAN)]
         diverged = f", diverged: {', '.join(map(str, row['diverged_seeds']))}" if row["diverged_seeds"] else ""
         rows.append([*_names(row), _setting(row), f"{len(row['seeds'])}{diverged}", "\n".join(kinds), *cells])
     return "Accuracy on fresh items, %", columns, rows
