@@ -16,7 +16,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from smoltolk.demo.backbone import BackboneSettings, pretrain_backbone
-from smoltolk.demo.lanes import Lane, progress_bar, run_lanes
 from smoltolk.demo.speech import (
     fit_tokenizer,
     fit_vocoder,
@@ -27,6 +26,7 @@ from smoltolk.demo.speech import (
 )
 from smoltolk.demo.world import CLOZE_KINDS, ClozeItem, World, build_text_tokenizer
 from smoltolk.evaluation.tasks import save_cloze
+from smoltolk.experiments.lanes import Lane, progress_bar, run_lanes
 from smoltolk.speech.audio import write_atomically
 from smoltolk.speech.mel import MelTokenizer
 

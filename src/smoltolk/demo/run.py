@@ -6,7 +6,7 @@ Every step keeps what it made under the demo's folder, so a second run is quick 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from smoltolk.data.store import Store
 from smoltolk.demo import report
 from smoltolk.demo.data import FRESH_SEED, DataSettings, Miniature, Steps, make_data
 from smoltolk.demo.data import QUICK as QUICK_DATA
-from smoltolk.demo.lanes import Lane, run_lanes
 from smoltolk.demo.speech import speak
 from smoltolk.evaluation.results import checkpoint_fingerprint
 from smoltolk.evaluation.tasks import PAIRS, evaluate_cloze, load_cloze
+from smoltolk.experiments.lanes import Lane, run_lanes
 from smoltolk.generation.pipeline import SmolTolkPipeline
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import save_wav, write_atomically
@@ -40,6 +40,7 @@ EARLY_FUSION: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {"smoltolk": {"selector_entropy_weight": 0.01}, "early-fusion": EARLY_FUSION}
 # Each model's own rate for stage 2, taken over from a prototype with another world and a constant rate: not swept here.
 STAGE_2_RATES = {"smoltolk": 1.5e-3, "early-fusion": 3e-3}
+ABLATION_STEPS = (300, 1500)
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,20 @@ def run_demo(output: Path, *, seeds: int = 1, quick: bool = False) -> Path:
         ValueError: the folder holds a demo of other settings.
         ImportError: the extra `demo` is not installed.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}: give 1 or more")
-    settings = QUICK if quick else DemoSettings()
-    console = Console()
-    output.mkdir(parents=True, exist_ok=True)
-    _agree_on_settings(output, settings)
+    settings, console = _start(output, seeds, quick)
     results = [_run_seed(output / f"seed-{seed}", seed, settings, console) for seed in range(seeds)]
     path = report.write_report(output, results, asdict(settings))
     console.print(report.results_table(results))
     return path
+
+
+def _start(output: Path, seeds: int, quick: bool) -> tuple[DemoSettings, Console]:
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}: give 1 or more")
+    settings = QUICK if quick else DemoSettings()
+    output.mkdir(parents=True, exist_ok=True)
+    _agree_on_settings(output, settings)
+    return settings, Console()
 
 
 def _agree_on_settings(output: Path, settings: DemoSettings) -> None:
@@ -120,8 +125,63 @@ def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console)
     return report.collect(folder, seed, steps.records, list(MODELS), settings.data.backbone)
 
 
+def make_ablation_data(output: Path, *, seeds: int = 1, quick: bool = False) -> Path:
+    """Makes the data of all seeds and nothing else, and beside it `ablation.yaml`, for `smoltolk ablate`.
+
+    Args:
+        output: folder of the demo.
+        seeds: how many seeds.
+        quick: a smoke run, too small to learn anything.
+
+    Returns:
+        Path of `ablation.yaml`.
+
+    Raises:
+        ValueError: the folder holds a demo of other settings.
+        ImportError: the extra `demo` is not installed.
+    """
+    settings, console = _start(output, seeds, quick)
+    for seed in range(seeds):
+        folder = output / f"seed-{seed}"
+        console.print(f"[bold]seed {seed}[/bold] in {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        make_data(Miniature(folder, seed, settings.data), Steps(folder, console))
+    if not quick:
+        settings = replace(settings, stage_steps=ABLATION_STEPS)
+    path = output / "ablation.yaml"
+    write_atomically(path, _ablation(output, seeds, settings).encode())
+    return path
+
+
+def _ablation(output: Path, seeds: int, settings: DemoSettings) -> str:
+    """The recipe of an ablation over the seeds' folders, as YAML."""
+    miniature = Miniature(output / "seed-{seed}", 0, settings.data)
+    recipe, every_steps = _settings("smoltolk", miniature, settings), settings.stage_steps[0]
+    recipe |= {
+        "name": "miniature",
+        "validation": {"rows": settings.validation_rows, "every_steps": every_steps},
+        "checkpoint": {"every_steps": every_steps, "keep_last": 1},
+        "ablation": {
+            "seeds": list(range(seeds)),
+            "development": str(miniature.development_items),
+            "fresh": str(miniature.fresh_items),
+            "learning_rates": [7.5e-4, 1.5e-3, 3e-3],
+            "more": {"early-fusion": {"learning_rates": [1.5e-3, 3e-3, 6e-3]}},
+        },
+    }
+    del recipe["seed"], recipe["output"]  # every run has its own
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
 def _recipe(name: str, miniature: Miniature, settings: DemoSettings) -> str:
-    """The recipe of one of the models, as YAML: one data order, each model its own rate in stage 2."""
+    """The recipe of one of the models, as YAML."""
+    recipe = _settings(name, miniature, settings)
+    make_recipe(recipe)
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def _settings(name: str, miniature: Miniature, settings: DemoSettings) -> dict[str, Any]:
+    """The recipe of one of the models: one data order, each model its own rate in stage 2."""
     store = [{"store": str(miniature.speech_store)}]
     rows = {
         "rows_per_step": settings.rows_per_step,
@@ -129,7 +189,7 @@ def _recipe(name: str, miniature: Miniature, settings: DemoSettings) -> str:
         "row_tokens": settings.row_tokens,
     }
     first, second = settings.stage_steps
-    recipe = {
+    return {
         "name": f"miniature {name}",
         "seed": miniature.seed,
         "output": str(miniature.folder / name),
@@ -173,8 +233,6 @@ def _recipe(name: str, miniature: Miniature, settings: DemoSettings) -> str:
         "num_threads": 1,
         "device": "cpu",
     }
-    make_recipe(recipe)
-    return yaml.safe_dump(recipe, sort_keys=False)
 
 
 def _model_lane(recipe: Path, miniature: Miniature, name: str, progress: Callable[[int], None]) -> None:
