@@ -15,6 +15,7 @@ from smoltolk.training.config import (
     ABLATION,
     NotNegativeInt,
     PositiveFloat,
+    PositiveInt,
     Recipe,
     StageSettings,
     Strict,
@@ -70,6 +71,20 @@ class VariantSettings(Strict):
         return {key: _unique(values) for key, values in sweep.items()}
 
 
+class CurveSettings(Strict):
+    """How accuracy is followed while runs go on, on some of the fresh items; nothing is chosen by it.
+
+    Args:
+        every_steps: steps between points.
+        couples: couples of items that are scored, spread over the file.
+        reach: shares of right answers; the table says how many tokens and seconds it takes to reach them.
+    """
+
+    every_steps: PositiveInt
+    couples: PositiveInt = 50
+    reach: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(default=[0.75])
+
+
 class AblationSettings(Strict):
     """What to compare, and how.
 
@@ -85,6 +100,7 @@ class AblationSettings(Strict):
         more: variants of one's own, by name.
         budgets: "tokens" gives every variant the recipe's steps, "flops" the training FLOPs of the base variant.
         base: the variant that the others are compared with.
+        curve: how accuracy is followed while runs go on, None for not at all.
     """
 
     seeds: list[NotNegativeInt] = Field(default=[0, 1, 2], min_length=1)
@@ -95,6 +111,7 @@ class AblationSettings(Strict):
     more: dict[str, VariantSettings] = Field(default_factory=dict)
     budgets: list[Literal["tokens", "flops"]] = Field(default=["tokens", "flops"])
     base: str = PLAIN
+    curve: CurveSettings | None = None
 
     @field_validator("seeds", "variants", "budgets")
     @classmethod

@@ -12,7 +12,8 @@ import yaml
 
 from smoltolk.evaluation.results import checkpoint_fingerprint
 from smoltolk.evaluation.tasks import evaluate_cloze, load_cloze
-from smoltolk.experiments.ablation import RATE, Value, setting_name
+from smoltolk.experiments.ablation import RATE, CurveSettings, Value, setting_name
+from smoltolk.experiments.curve import CURVE_FILE, Curve
 from smoltolk.generation.pipeline import SmolTolkPipeline
 from smoltolk.speech.audio import write_atomically
 from smoltolk.training.config import Recipe, make_recipe
@@ -100,6 +101,11 @@ class Run:
         accuracy: dict[str, dict[str, dict[str, float]]] = record["accuracy"]
         return accuracy
 
+    def curve(self) -> list[dict[str, Any]]:
+        """Its accuracy while it went on, see `Curve`; empty where that was not followed."""
+        path = self.folder / CURVE_FILE
+        return sorted(read_metrics(path), key=lambda line: line["step"]) if path.exists() else []
+
     def stage_flops(self) -> list[int]:
         """Training FLOPs of each stage."""
         ends = {line["stage"]: line["flops"] for line in read_metrics(self.folder / METRICS_FILE)}
@@ -113,21 +119,33 @@ def run_name(variant: str, budget: str, setting: Mapping[str, Value], seed: int,
     return f"{variant}/{budget}/{place}/seed-{seed}"
 
 
-def train(recipe: Recipe, scores: str | None, items: Path | None, progress: Callable[[int], None]) -> None:
+def train(
+    recipe: Recipe,
+    scores: str | None,
+    items: Path | None,
+    curve: CurveSettings | None,
+    curve_items: Path,
+    progress: Callable[[int], None],
+) -> None:
     """Trains a run, from its last checkpoint if there is one, and scores it; its checkpoints are removed then.
 
     Args:
         recipe: the run.
         scores: what to call the scores, None for none.
         items: the cloze items to score it on.
+        curve: how its accuracy is followed while it is trained, None for not at all.
+        curve_items: the cloze items for that.
         progress: called with the number of steps done since the last call.
     """
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
     done = 0
+    followed: Curve | None = None
 
     def on_step(metrics: dict[str, Any]) -> None:
         nonlocal done
+        if followed is not None:
+            followed.on_step(metrics)
         progress(metrics["step"] - done)
         done = metrics["step"]
 
@@ -135,7 +153,10 @@ def train(recipe: Recipe, scores: str | None, items: Path | None, progress: Call
         settings = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         write_atomically(folder / "recipe.yaml", settings.encode())
         try:
-            Trainer(recipe, progress=False, on_step=on_step).run()
+            trainer = Trainer(recipe, progress=False, on_step=on_step)
+            if curve is not None:
+                followed = Curve(trainer, curve, curve_items)
+            trainer.run()
         except FloatingPointError as error:  # a rate that is too high is a finding, not a fault
             write_atomically(folder / DIVERGED_FILE, json.dumps({"message": str(error)}).encode())
             return

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from smoltolk.data.dataset import TASKS
 from smoltolk.data.store import Store, lock
 from smoltolk.evaluation.tasks import PAIRS, load_cloze
-from smoltolk.experiments.ablation import Ablation, Variant, setting_name
+from smoltolk.experiments.ablation import Ablation, CurveSettings, Variant, setting_name
 from smoltolk.experiments.lanes import Lane, Lanes
 from smoltolk.experiments.runs import Run, run_name, score, train
 from smoltolk.speech.audio import write_atomically
@@ -138,13 +138,14 @@ class Course:
             for run in self.sweep(variant):
                 if not run.is_done(DEVELOPMENT):
                     items = self.ablation.development(run.seed)
-                    yield run.name, run, Lane(train, (run.recipe, DEVELOPMENT, items), run.recipe.num_steps)
+                    work = (run.recipe, DEVELOPMENT, items, *self._curve(run))
+                    yield run.name, run, Lane(train, work, run.recipe.num_steps)
         places = [(variant, budget) for budget in settings.budgets for variant in variants]
         known = [budgeted for place in places if (budgeted := self.budgeted(*place)) is not None]
         runs = [run for budgeted in known if not budgeted.are_those_of_tokens for run in budgeted.runs]
         for run in runs:
             if not run.is_done(None):
-                yield run.name, run, Lane(train, (run.recipe, None, None), run.recipe.num_steps)
+                yield run.name, run, Lane(train, (run.recipe, None, None, *self._curve(run)), run.recipe.num_steps)
         for run in runs:
             if run.is_trained and run.is_done(None) and run.accuracy(FRESH) is None:
                 items = self.ablation.fresh(run.seed)
@@ -167,6 +168,9 @@ class Course:
             total += len(runs)
             done += sum(run.is_done(None) for run in runs.values())
         return done, total
+
+    def _curve(self, run: Run) -> tuple[CurveSettings | None, Path]:
+        return self.ablation.settings.curve, self.ablation.fresh(run.seed)
 
     def _run(self, variant: Variant, budget: str, setting: Any, seed: int, steps: int | None = None) -> Run:
         folder = self.output / run_name(variant.name, budget, setting, seed, steps)

@@ -1,5 +1,6 @@
 """The table of an ablation: means over seeds, differences to the base variant, what each run cost."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import scipy.stats
 from rich.table import Table
 
 from smoltolk.experiments.ablation import RATE, Ablation, Variant
+from smoltolk.experiments.curve import CURVE_PAIRS, reached
 from smoltolk.experiments.runs import Run
 from smoltolk.experiments.schedule import DEVELOPMENT, FRESH, Course, speech_accuracy
 from smoltolk.speech.audio import write_atomically
@@ -28,6 +30,8 @@ def write_tables(ablation: Ablation, output: Path) -> tuple[Path, list[Table]]:
     results = collect(ablation, output)
     write_atomically(output / JSON_FILE, json.dumps(results, indent=2, ensure_ascii=False).encode())
     sections = [_accuracies(results), _differences(results), _costs(results), _sweeps(results)]
+    if results["ablation"]["curve"]:
+        sections.insert(2, _reached(results))
     page = [f"# Ablation of {Path(ablation.source).name}\n", *(f"{note}\n" for note in _notes(results))]
     for title, columns, rows in sections:
         page += [f"## {title}\n", _markdown(columns, rows)]
@@ -104,6 +108,7 @@ def _run(run: Run) -> dict[str, Any]:
         "development": development,
         "development_score": development and speech_accuracy(development),
         "fresh": run.accuracy(FRESH),
+        "curve": run.curve(),
     }
 
 
@@ -228,6 +233,30 @@ def _differences(results: dict[str, Any]) -> Section:
 
 def _by_kind(found: dict[str, Any], pair: str, kinds: list[str], shown: Callable[[Any], str]) -> str:
     return "\n".join(shown(found.get(pair, {}).get(kind)) for kind in kinds)
+
+
+def _reached(results: dict[str, Any]) -> Section:
+    """Tokens and seconds until each share of right answers was first reached."""
+    shares = results["ablation"]["curve"]["reach"]
+    columns = ["variant", "rate", "pair", *(f"{100 * share:g} %" for share in shares)]
+    rows = []
+    for row in results["rows"]:
+        found = results["variants"][row["variant"]]["budgets"]["tokens"]
+        curves = [run["curve"] for run in (found or {"runs": []})["runs"] if run["curve"]]
+        if row["budget"] != "tokens" or not curves:
+            continue
+        cells = [["\n".join(_first(curves, pair, share) for pair in CURVE_PAIRS)] for share in shares]
+        rows.append([row["variant"], _setting(row), "\n".join(CURVE_PAIRS), *itertools.chain(*cells)])
+    return "Tokens and seconds to reach a share of right answers", columns, rows
+
+
+def _first(curves: Sequence[Any], pair: str, share: float) -> str:
+    """Means over the seeds that reach it, and how many of them do."""
+    found = [there for curve in curves if (there := reached(curve, pair, share)) is not None]
+    if not found:
+        return f"never ({len(curves)})"
+    tokens, seconds = (mean_and_error([there[key] for there in found]) for key in ("tokens", "seconds"))
+    return f"{_number(tokens, '.3g')}, {_number(seconds, '.0f')} s ({len(found)} of {len(curves)})"
 
 
 def _costs(results: dict[str, Any]) -> Section:
