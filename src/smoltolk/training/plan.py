@@ -14,10 +14,11 @@ from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.losses import LOGITS_PER_CHUNK
 from smoltolk.model.modeling_smoltolk import Adapter, SmolTolkForCausalLM
 from smoltolk.training.config import Recipe, StageSettings
-from smoltolk.training.optim import training_flops
+from smoltolk.training.optim import distillation_flops, training_flops
 
 GIB = 2**30
 NUM_UNITS = 500  # the paper's, where no store says another number
+UNITS_PER_WORD, TEXT_TOKENS_PER_WORD = 5, 1.3  # of spoken English at 25 Hz without repetitions, roughly
 SPEECH_SHARE = {"interleaved": 0.5, "speech": 1.0, "text": 0.0}  # of the tokens of a task's rows, roughly
 OVERHEAD_BYTES = GIB  # of the device's libraries and of the allocator
 
@@ -159,9 +160,21 @@ def memory_by_use(model: SmolTolkForCausalLM, recipe: Recipe, stage: StageSettin
         "gathered": 0 if gpus == 1 else weights - sum(in_layers) + 2 * max(in_layers),
         "activations": activations,
         "levels": model.config.lm_config.num_hidden_layers * 4 * dim * tokens,  # their gradients, from the mix
+        **_teacher_bytes(model, recipe, stage, gpus),
         "heads": 12 * logits + (4 * head * dim if stage.train == "everything" else 0),
         "overhead": OVERHEAD_BYTES,
     }
+
+
+def _teacher_bytes(model: SmolTolkForCausalLM, recipe: Recipe, stage: StageSettings, gpus: int) -> dict[str, int]:
+    """Weights of the frozen text LM, whose layers are spread over the GPUs, and its levels; nothing without one."""
+    if stage.distillation is None:
+        return {}
+    size = 2 if recipe.precision == "bf16" else 4
+    layers = sum(p.numel() for p in model.body.layers.parameters())
+    others = sum(p.numel() for _, p in model.text_parameters()) - layers
+    levels = model.config.lm_config.num_hidden_layers * model.config.hidden_size
+    return {"teacher": size * (layers // gpus + others + levels * stage.rows_per_micro_batch * stage.row_tokens)}
 
 
 def kept_bytes(config: Any, rows: int, row_tokens: int, is_bf16: bool) -> int:
@@ -224,13 +237,26 @@ def _config(recipe: Recipe, lm_config: PreTrainedConfig | None, num_units: int) 
 def _step_flops(config: SmolTolkConfig, stage: StageSettings) -> int:
     tokens = stage.rows_per_step * stage.row_tokens
     shares = stage.mixture.model_dump()
-    speech = sum(SPEECH_SHARE.get(task, 0.5) * weight for task, weight in shares.items()) / sum(shares.values())
-    return training_flops(
+    total = sum(shares.values())
+    speech = sum(SPEECH_SHARE.get(task, 0.5) * weight for task, weight in shares.items()) / total
+    flops = training_flops(
         config,
         num_tokens=tokens,
         num_speech_tokens=round(speech * tokens),
         num_text_labels=round((1 - speech) * tokens),
         num_speech_labels=round(speech * tokens),
         row_tokens=stage.row_tokens,
+        is_backbone_trained=stage.train == "everything",
+    )
+    if stage.distillation is None:
+        return flops
+    words = speech * tokens / UNITS_PER_WORD
+    written = TEXT_TOKENS_PER_WORD * words + 0.5 * tokens * shares["interleaved"] / total
+    return flops + distillation_flops(
+        config,
+        weights=stage.distillation.weights,
+        counts={"next_token": words, "hidden_states": words, "switch": 0, "word": speech * tokens - words},
+        num_read=round(written),
+        num_read_squared=round(written * min(written / stage.rows_per_step, stage.row_tokens)),
         is_backbone_trained=stage.train == "everything",
     )
