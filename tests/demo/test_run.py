@@ -14,8 +14,10 @@ import pytest
 import soundfile
 
 from smoltolk import cli
+from smoltolk.demo import run
 from smoltolk.demo.report import verdict
 from smoltolk.demo.run import run_demo
+from smoltolk.experiments.ablation import RATE, load_ablation
 from smoltolk.training.config import load_recipe
 
 README = Path("README.md").read_text(encoding="utf-8")
@@ -101,6 +103,28 @@ def test_a_second_run_redoes_nothing(demo, capsys):
 def test_other_settings_in_the_same_folder_are_refused(demo):
     with pytest.raises(ValueError, match="holds a demo of other settings"):
         run_demo(demo)
+
+
+def test_data_alone_comes_with_a_recipe_to_ablate(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(run, "make_data", lambda miniature, steps: made.append((miniature.folder, miniature.seed)))
+    assert cli.main(["demo", "--data-only", "--seeds", "3", "--output", str(tmp_path)]) == 0
+    assert made == [(tmp_path / f"seed-{seed}", seed) for seed in range(3)]
+    ablation = load_ablation(tmp_path / "ablation.yaml")
+    assert ablation.settings.seeds == [0, 1, 2]
+    assert ablation.development(2) == tmp_path / "seed-2" / "development.parquet"
+    assert ablation.fresh(1) == tmp_path / "seed-1" / "cloze.parquet"
+    rates = {variant.name: [setting[RATE] for setting in variant.sweep] for variant in ablation.variants}
+    assert rates["smoltolk"] == [7.5e-4, 1.5e-3, 3e-3]
+    assert rates["early-fusion"] == [1.5e-3, 3e-3, 6e-3]
+    recipe = ablation.recipe_of(ablation.base, {}, 2, "out")
+    assert recipe.model.backbone == str(tmp_path / "seed-2" / "backbone")
+    assert recipe.data.text[0].store == str(tmp_path / "seed-2" / "text-store")
+    assert recipe.speech_tokenizer == str(tmp_path / "seed-2" / "speech-tokenizer")
+    assert recipe.model.selector_entropy_weight == 0.01
+    assert [(stage.steps, stage.decay_steps) for stage in recipe.stages] == [(300, 100), (1500, 750)]
+    assert recipe.validation.model_dump() == {"rows": 64, "every_steps": 300}
+    assert recipe.checkpoint.model_dump() == {"every_steps": 300, "keep_last": 1}
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def recipe_of(ablation, name, seed=0, setting=None, steps=None):
         ({"more": {"early-fusion": {"like": "one-stage"}}}, "early-fusion is one of the paper's variants: leave out"),
         (
             {"more": {"a": {"changes": {"model.layer_mixin": "last"}}}},
-            "variant a cannot be used:\n  model.layer_mixin: u",
+            "a cannot be used:\n  model.layer_mixin: unk",
         ),
         ({"more": {"a": {"changes": {"stages.2.steps": 1}}}}, "variant a: stages.2.steps: '2' is none of 2"),
         ({"more": {"a": {"changes": {"stages.last.steps": 1}}}}, "'last' is none of 2: give a number from 0, -1"),
@@ -72,7 +72,7 @@ def recipe_of(ablation, name, seed=0, setting=None, steps=None):
         ),
         (
             {"more": {"a": {"sweep": {"stages.-1.clip_norm": [1.0, 1.0000001]}}}},
-            "variant a sweeps values that look alike",
+            "variant a sweeps values that look",
         ),
     ],
 )

@@ -17,6 +17,7 @@ def fail(progress):
     raise ValueError("no luck")
 
 
+@pytest.mark.slow
 def test_lanes_log_what_they_print_and_a_failed_one_names_its_log(tmp_path):
     lanes = {"good": Lane(work, (0.0,), 1), "bad": Lane(fail, (), 1)}
     with pytest.raises(ChildProcessError, match=rf"bad failed, see {tmp_path}/bad\.log"):
@@ -34,7 +35,7 @@ def stop_while_a_lane_runs(tmp_path, is_begun):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("is_begun", [False, True])
+@pytest.mark.parametrize("is_begun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_lanes_also_while_they_start(tmp_path, is_begun):
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

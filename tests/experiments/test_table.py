@@ -113,7 +113,8 @@ def test_a_table_can_be_written_of_what_is_done_so_far(finished, tiny_seeds, tmp
 
 
 def test_means_errors_and_intervals_of_known_numbers():
-    assert mean_and_error([1.0, None, 2.0, 3.0]) == {"mean": 2.0, "standard_error": 1 / math.sqrt(3), "n": 3}
+    found = mean_and_error([1.0, None, 2.0, 3.0])
+    assert found == {"mean": 2.0, "standard_error": pytest.approx(1 / math.sqrt(3)), "n": 3}
     assert mean_and_error([4.0]) == {"mean": 4.0, "standard_error": None, "n": 1}
     assert mean_and_error([None]) is None
     found = difference([1.0, 2.0, 3.0])
