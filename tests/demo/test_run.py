@@ -117,14 +117,19 @@ def test_data_alone_comes_with_a_recipe_to_ablate(tmp_path, monkeypatch):
     rates = {variant.name: [setting[RATE] for setting in variant.sweep] for variant in ablation.variants}
     assert rates["smoltolk"] == [7.5e-4, 1.5e-3, 3e-3]
     assert rates["early-fusion"] == [1.5e-3, 3e-3, 6e-3]
+    distilled = next(variant for variant in ablation.variants if variant.name == "distilled")
+    tried = [ablation.recipe_of(distilled, setting, 0, "out") for setting in distilled.sweep]
+    assert [[stage.distillation.hidden_states for stage in recipe.stages] for recipe in tried] == [
+        [weight, weight] for weight in (1, 3, 10, 1, 3, 10)
+    ]
     recipe = ablation.recipe_of(ablation.base, {}, 2, "out")
     assert recipe.model.backbone == str(tmp_path / "seed-2" / "backbone")
     assert recipe.data.text[0].store == str(tmp_path / "seed-2" / "text-store")
     assert recipe.speech_tokenizer == str(tmp_path / "seed-2" / "speech-tokenizer")
     assert recipe.model.selector_entropy_weight == 0.01
-    assert [(stage.steps, stage.decay_steps) for stage in recipe.stages] == [(300, 100), (1500, 750)]
-    assert recipe.validation.model_dump() == {"rows": 64, "every_steps": 300}
-    assert recipe.checkpoint.model_dump() == {"every_steps": 300, "keep_last": 1}
+    assert [(stage.steps, stage.decay_steps) for stage in recipe.stages] == [(150, 50), (500, 250)]
+    assert recipe.validation.model_dump() == {"rows": 64, "every_steps": 150}
+    assert recipe.checkpoint.model_dump() == {"every_steps": 150, "keep_last": 1}
 
 
 @pytest.mark.slow
