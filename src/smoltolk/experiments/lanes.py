@@ -98,7 +98,7 @@ class Lanes:
         log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         counter, is_listening = context.Value("l", 0), context.Value("b", False)
-        process = context.Process(target=_run_lane, args=(lane, counter, is_listening, log), daemon=False)
+        process = context.Process(target=_run_lane, args=(os.getpid(), lane, counter, is_listening, log))
         # A child ignores Ctrl-C until it can hear of it from its parent.
         with _without_ctrl_c(), _environment(environment or {}):
             process.start()
@@ -181,11 +181,11 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _run_lane(lane: Lane, counter: Any, is_listening: Any, log: Path) -> None:
+def _run_lane(parent: int, lane: Lane, counter: Any, is_listening: Any, log: Path) -> None:
     os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on once
     signal.signal(signal.SIGINT, signal.default_int_handler)
     is_listening.value = True
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     import torch
     from threadpoolctl import threadpool_limits
 
