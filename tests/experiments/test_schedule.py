@@ -257,7 +257,7 @@ def command(path, output, *options):
     return [sys.executable, "-m", "smoltolk", "ablate", str(path), "--output", str(output), *options]
 
 
-def wait_for(process, condition, timeout_s=180):
+def wait_for(process, condition, timeout_s=900):
     end = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < end and not condition():
         time.sleep(0.05)
