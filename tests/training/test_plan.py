@@ -40,7 +40,8 @@ def test_a_layer_keeps_as_many_bytes_as_counted(is_bf16):
 
 
 def test_the_plan_is_what_the_run_then_does(tiny_world, tmp_path):
-    from smoltolk.training.trainer import Trainer, read_metrics
+    from smoltolk.training.trainer import Trainer
+    from smoltolk.training.watching import read_metrics
 
     recipe = make_recipe(tiny_recipe(tiny_world, tmp_path))
     plan = make_plan(recipe)

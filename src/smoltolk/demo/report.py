@@ -20,7 +20,7 @@ from smoltolk.demo.world import CLOZE_KINDS
 from smoltolk.evaluation.results import bootstrap
 from smoltolk.evaluation.tasks import PAIRS
 from smoltolk.speech.audio import write_atomically
-from smoltolk.training.trainer import read_metrics
+from smoltolk.training.watching import read_metrics
 
 TITLES = {"smoltolk": "SmolTolk", "early-fusion": "early fusion", "text-alone": "text alone"}
 COLOURS = {"smoltolk": "#1b6ca8", "early-fusion": "#d1495b", "text-alone": "#7a7a7a"}

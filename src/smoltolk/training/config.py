@@ -238,6 +238,8 @@ class Recipe(Strict):
         loader_workers: processes that draw batches ahead, 0 to draw them in between; None takes 4 beside an
             accelerator and 0 on a CPU. They change no batch.
         max_skipped_steps: stop when more steps than this had a loss or gradient that is not finite.
+        watch: where metrics are written besides `metrics.jsonl`: "tensorboard", "wandb" (W&B), or both.
+        peak_tflops: TFLOP/s of one device at best, for the MFU; None for what is known of the GPU.
     """
 
     name: str
@@ -258,6 +260,8 @@ class Recipe(Strict):
     num_threads: PositiveInt | None = None
     loader_workers: NotNegativeInt | None = None
     max_skipped_steps: NotNegativeInt = 20
+    watch: list[Literal["tensorboard", "wandb"]] = []
+    peak_tflops: PositiveFloat | None = None
 
     @field_validator("stages")
     @classmethod
@@ -291,6 +295,8 @@ class Recipe(Strict):
                 "validation",
                 "speech_tokenizer",
                 "vocoder",
+                "watch",
+                "peak_tflops",
             }
         )
         return hashlib.sha256(decisive.encode()).hexdigest()

@@ -7,6 +7,8 @@ from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.training.config import StageSettings
 
+SPEECH_SHARE = {"interleaved": 0.5, "speech": 1.0, "text": 0.0}  # of the tokens of a task's rows, roughly
+
 
 def make_optimizer(model: SmolTolkForCausalLM, stage: StageSettings) -> torch.optim.AdamW:
     """AdamW for a stage, with the text LM frozen where the stage says so.
@@ -100,3 +102,19 @@ def training_flops(
     flops += num_text_labels * passes * lm.vocab_size * dim
     flops += num_speech_labels * 6 * config.ids.num_speech_tokens * dim
     return flops
+
+
+def expected_flops(config: SmolTolkConfig, stage: StageSettings) -> int:
+    """Training FLOPs of a step of a stage, before its rows are known: shares of speech are taken from its mixture."""
+    tokens = stage.rows_per_step * stage.row_tokens
+    shares = stage.mixture.model_dump()
+    speech = sum(SPEECH_SHARE.get(task, 0.5) * weight for task, weight in shares.items()) / sum(shares.values())
+    return training_flops(
+        config,
+        num_tokens=tokens,
+        num_speech_tokens=round(speech * tokens),
+        num_text_labels=round((1 - speech) * tokens),
+        num_speech_labels=round(speech * tokens),
+        row_tokens=stage.row_tokens,
+        is_backbone_trained=stage.train == "everything",
+    )

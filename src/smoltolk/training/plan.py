@@ -14,11 +14,10 @@ from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.losses import LOGITS_PER_CHUNK
 from smoltolk.model.modeling_smoltolk import Adapter, SmolTolkForCausalLM
 from smoltolk.training.config import Recipe, StageSettings
-from smoltolk.training.optim import training_flops
+from smoltolk.training.optim import expected_flops
 
 GIB = 2**30
 NUM_UNITS = 500  # the paper's, where no store says another number
-SPEECH_SHARE = {"interleaved": 0.5, "speech": 1.0, "text": 0.0}  # of the tokens of a task's rows, roughly
 OVERHEAD_BYTES = GIB  # of the device's libraries and of the allocator
 
 
@@ -111,7 +110,7 @@ def make_plan(
                 f"stage {number}: rows_per_step {stage.rows_per_step} is not a multiple of {gpus} GPUs x "
                 f"rows_per_micro_batch {stage.rows_per_micro_batch}: change one of them"
             )
-        flops = stage.steps * _step_flops(config, stage)
+        flops = stage.steps * expected_flops(config, stage)
         plan = StagePlan(
             trained=sum(p.numel() for _, p in _trained(model, stage)),
             frozen=0 if stage.train == "everything" else sum(p.numel() for _, p in model.text_parameters()),
@@ -219,18 +218,3 @@ def _config(recipe: Recipe, lm_config: PreTrainedConfig | None, num_units: int) 
     if recipe.model.max_position_embeddings is not None:
         lm_config.max_position_embeddings = recipe.model.max_position_embeddings
     return SmolTolkConfig(lm_config=lm_config, num_units=num_units, **settings)
-
-
-def _step_flops(config: SmolTolkConfig, stage: StageSettings) -> int:
-    tokens = stage.rows_per_step * stage.row_tokens
-    shares = stage.mixture.model_dump()
-    speech = sum(SPEECH_SHARE.get(task, 0.5) * weight for task, weight in shares.items()) / sum(shares.values())
-    return training_flops(
-        config,
-        num_tokens=tokens,
-        num_speech_tokens=round(speech * tokens),
-        num_text_labels=round((1 - speech) * tokens),
-        num_speech_labels=round(speech * tokens),
-        row_tokens=stage.row_tokens,
-        is_backbone_trained=stage.train == "everything",
-    )

@@ -1,18 +1,16 @@
 """The training run of a recipe: stages, steps, validation, checkpoints, metrics."""
 
 import json
-import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoTokenizer
 
@@ -27,8 +25,8 @@ from smoltolk.training.config import Recipe, StageSettings
 from smoltolk.training.distributed import join_ranks, reshard, set_gradient_sync, shard, whole
 from smoltolk.training.loader import load_batches
 from smoltolk.training.optim import make_optimizer, training_flops, trapezoid
+from smoltolk.training.watching import METRICS_FILE, Report, peak_flops, read_metrics, speed, watch
 
-METRICS_FILE = "metrics.jsonl"
 MODEL_FOLDER = "model"
 VALIDATION_SEED = 0
 
@@ -92,26 +90,23 @@ class Trainer:
 
     def _run(self, stop: "StopRequests") -> Path:
         state, optimizer = self._start()
-        if self.ranks.is_main:
-            self._truncate_metrics(state.step)
-        if not state.step:  # text alone is not touched by the new speech parts: this is the backbone's own loss
-            state.backbone_text_loss = self._validate(state).get("validation_text_loss")
-        with self._bar(state) as report, closing(self._batches(state.step)) as batches:
+        with self._watch(state) as report, closing(self._batches(state.step)) as batches:
+            if not state.step:  # text alone is not touched by the new speech parts: this is the backbone's own loss
+                state.backbone_text_loss = self._validate(state).get("validation_text_loss")
             while state.step < self.recipe.num_steps:
                 index, step_of_stage = self.recipe.stage_at(state.step)
                 stage = self.recipe.stages[index]
                 if step_of_stage == 0:
                     optimizer = make_optimizer(self.model, stage)
-                started = time.perf_counter()
+                started, tokens, flops = time.perf_counter(), state.tokens, state.flops
                 metrics = self._step(state, next(batches), optimizer, index, step_of_stage)
                 metrics["seconds"] = time.perf_counter() - started
+                metrics |= self._speed(state.tokens - tokens, state.flops - flops, metrics["seconds"])
                 state.seconds += metrics["seconds"]
                 is_stage_end = step_of_stage == stage.steps - 1
                 if is_stage_end or state.step % self.recipe.validation.every_steps == 0:
                     metrics |= self._validate(state)
-                if self.ranks.is_main:
-                    self._write_metrics(metrics)
-                    report(metrics)
+                report(metrics)
                 if self.on_step is not None:
                     self.on_step(metrics)
                 self._checkpointer.finish_if_done()
@@ -400,47 +395,14 @@ class Trainer:
 
     # ---- watching
 
-    def _write_metrics(self, metrics: dict[str, Any]) -> None:
-        with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+    def _speed(self, tokens: int, flops: int, seconds: float) -> dict[str, float]:
+        peak = peak_flops(self.recipe, self.ranks.device)
+        return speed(tokens=tokens, flops=flops, seconds=seconds, peak=peak and self.ranks.size * peak)
 
-    def _truncate_metrics(self, step: int) -> None:
-        """Drops lines of steps that will be done again, and a line that was cut off."""
-        path = self.output / METRICS_FILE
-        if not path.exists():
-            return
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, path)
-
-    @contextmanager
-    def _bar(self, state: RunState) -> Iterator[Any]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, disable=not (self.progress and self.ranks.is_main)) as bar:
-            task = bar.add_task(self.recipe.name, total=self.recipe.num_steps, completed=state.step, losses="")
-
-            def report(metrics: dict[str, Any]) -> None:
-                rate = self.recipe.stages[metrics["stage"] - 1]
-                tokens_per_s = rate.rows_per_step * rate.row_tokens / metrics["seconds"]
-                shown = " ".join(
-                    f"{name} {metrics[f'{name}_loss']:.3f}"
-                    for name in ("text", "speech")
-                    if metrics[f"{name}_loss"] is not None
-                )
-                bar.update(
-                    task,
-                    completed=metrics["step"],
-                    losses=f"stage {metrics['stage']} {shown} {tokens_per_s:,.0f} tokens/s",
-                )
-
-            yield report
+    def _watch(self, state: RunState) -> AbstractContextManager[Report]:
+        if not self.ranks.is_main:
+            return nullcontext(lambda metrics: None)
+        return watch(self.recipe, self.model.config, state.step, has_bar=self.progress)  # type: ignore[arg-type]
 
 
 class StopRequests:
@@ -481,14 +443,3 @@ def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def finite(value: float) -> float | None:
     """The value, or None for one that JSON cannot hold."""
     return value if abs(value) < float("inf") else None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a last line that was cut off by a kill is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
