@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from smoltolk.data.dataset import TASKS, Batch, BatchSource, TaskMixture
 from smoltolk.data.store import Store, lock
 from smoltolk.data.text import tokenizer_fingerprint
+from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.units import load_speech_tokenizer
 from smoltolk.speech.vocoder import load_vocoder
@@ -24,6 +25,7 @@ from smoltolk.training.checkpoints import Checkpointer, RunState, list_checkpoin
 from smoltolk.training.config import Recipe, StageSettings
 from smoltolk.training.distributed import join_ranks, reshard, set_gradient_sync, shard, whole
 from smoltolk.training.loader import load_batches
+from smoltolk.training.lora import add_lora, lora_size, merged, use_lora
 from smoltolk.training.optim import make_optimizer, training_flops, trapezoid
 from smoltolk.training.watching import METRICS_FILE, Report, peak_flops, read_metrics, speed, watch
 
@@ -69,6 +71,7 @@ class Trainer:
         self._stores: dict[str, Store] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.backbone)
         self.model = self._make_model()
+        self._lora_size = lora_size(self.model)
         self._check_companions()
         shard(self.model, self.ranks)
         self._checkpointer = Checkpointer(self.output / "checkpoints", self.ranks, recipe.checkpoint.keep_last)
@@ -97,7 +100,7 @@ class Trainer:
                 index, step_of_stage = self.recipe.stage_at(state.step)
                 stage = self.recipe.stages[index]
                 if step_of_stage == 0:
-                    optimizer = make_optimizer(self.model, stage)
+                    optimizer = self._begin_stage(index)
                 started, tokens, flops = time.perf_counter(), state.tokens, state.flops
                 metrics = self._step(state, next(batches), optimizer, index, step_of_stage)
                 metrics["seconds"] = time.perf_counter() - started
@@ -146,6 +149,8 @@ class Trainer:
             text_tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             **settings,
         )
+        if self.recipe.lora is not None:  # drawn last: all else is as without
+            add_lora(model, self.recipe.lora)
         model.set_attn_implementation(self.recipe.attn_implementation)
         if self.recipe.gradient_checkpointing:
             # Renamed in transformers 5.2x; the old name warns there.
@@ -227,10 +232,15 @@ class Trainer:
                 f"output {self.output} holds a run of another recipe: give another output, or remove the folder"
             )
         index, step_of_stage = self.recipe.stage_at(min(state.step, self.recipe.num_steps - 1))
-        optimizer = make_optimizer(self.model, self.recipe.stages[index])
+        optimizer = self._begin_stage(index)
         if last is not None:
             load_checkpoint(last, self.model, optimizer, with_moments=step_of_stage > 0)
         return state, optimizer
+
+    def _begin_stage(self, index: int) -> torch.optim.Optimizer:
+        """Frees what a stage trains, freezes the rest, and makes its optimizer."""
+        use_lora(self.model, is_on=self.recipe.uses_lora(index))
+        return make_optimizer(self.model, self.recipe.stages[index])
 
     def _export(self, state: RunState) -> Path:
         """The trained model with its tokenizers and vocoder in one folder, replaced as a whole."""
@@ -250,7 +260,8 @@ class Trainer:
         shutil.rmtree(aside, ignore_errors=True)
         try:
             tied = self.model.all_tied_weights_keys  # gathered weights don't share memory
-            self.model.save_pretrained(aside, state_dict={n: w for n, w in weights.items() if n not in tied})
+            plain = merged(self.model, {n: w for n, w in weights.items() if n not in tied})
+            self.model.save_pretrained(aside, state_dict=plain)
             self.tokenizer.save_pretrained(aside)
             for name in ("speech_tokenizer", "vocoder"):
                 if source := getattr(self.recipe, name):
@@ -316,6 +327,8 @@ class Trainer:
             num_speech_labels=num_speech,
             row_tokens=stage.row_tokens,
             is_backbone_trained=stage.train == "everything",
+            lora_size=self._lora_size if self.recipe.uses_lora(index) else 0,
+            is_lora_trained=stage.train == "lora",
         )
         if not is_finite:
             self._count_skipped(state, self._sources[index], batch)
@@ -402,7 +415,8 @@ class Trainer:
     def _watch(self, state: RunState) -> AbstractContextManager[Report]:
         if not self.ranks.is_main:
             return nullcontext(lambda metrics: None)
-        return watch(self.recipe, self.model.config, state.step, has_bar=self.progress)  # type: ignore[arg-type]
+        config: SmolTolkConfig = self.model.config  # type: ignore[assignment]
+        return watch(self.recipe, config, state.step, lora_size=self._lora_size, has_bar=self.progress)
 
 
 class StopRequests:

@@ -112,7 +112,9 @@ class RemainingTime:
 
 
 @contextmanager
-def watch(recipe: Recipe, config: SmolTolkConfig, step: int, *, has_bar: bool) -> Iterator[Report]:
+def watch(
+    recipe: Recipe, config: SmolTolkConfig, step: int, *, lora_size: int = 0, has_bar: bool = False
+) -> Iterator[Report]:
     """Gives what takes the metrics of every step from the next one on, and shows and writes them.
 
     What was written about later steps, which are done again, is dropped.
@@ -121,19 +123,29 @@ def watch(recipe: Recipe, config: SmolTolkConfig, step: int, *, has_bar: bool) -
         recipe: the run.
         config: of its model.
         step: steps done before.
+        lora_size: number of weights of its LoRA matrices.
         has_bar: whether to show a progress bar.
 
     Raises:
         ImportError: TensorBoard or W&B shall be written and is not installed.
     """
     output = Path(recipe.output)
+    remaining = RemainingTime(
+        [
+            expected_flops(config, stage, lora_size if recipe.uses_lora(index) else 0)
+            for index, stage in enumerate(recipe.stages)
+        ],
+        [stage.steps for stage in recipe.stages],
+        window=recipe.validation.every_steps,
+    )
     with ExitStack() as stack:
         reports = [write_json_lines(output / METRICS_FILE, step)]
         if "tensorboard" in recipe.watch:
             reports.append(stack.enter_context(write_tensorboard(output, step)))
         if "wandb" in recipe.watch:
             reports.append(stack.enter_context(write_wandb(output, recipe, step)))
-        reports.append(stack.enter_context(_show_bar(recipe, config, step, is_shown=has_bar)))
+        if has_bar:
+            reports.append(stack.enter_context(show_bar(recipe, step, remaining)))
 
         def report(metrics: dict[str, Any]) -> None:
             for each in reports:
@@ -249,19 +261,15 @@ def _earlier_metrics(output: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _show_bar(recipe: Recipe, config: SmolTolkConfig, step: int, *, is_shown: bool) -> Iterator[Report]:
+def show_bar(recipe: Recipe, step: int, remaining: RemainingTime) -> Iterator[Report]:
+    """Shows a progress bar from a step on."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(table_column=Column(min_width=2 * len(str(recipe.num_steps)) + 1)),
         TextColumn("{task.fields[shown]}", table_column=Column(no_wrap=False)),  # nothing is cut off
     )
-    remaining = RemainingTime(
-        [expected_flops(config, stage) for stage in recipe.stages],
-        [stage.steps for stage in recipe.stages],
-        window=recipe.validation.every_steps,
-    )
-    with Progress(*columns, disable=not is_shown) as bar:
+    with Progress(*columns) as bar:
         task = bar.add_task(recipe.name, total=recipe.num_steps, completed=step, shown="")
 
         def report(metrics: dict[str, Any]) -> None:
