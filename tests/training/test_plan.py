@@ -41,13 +41,14 @@ def test_a_layer_keeps_as_many_bytes_as_counted(is_bf16):
     assert kept_bytes(model.config, 2, 40, is_bf16) == pytest.approx(per_layer, rel=0.1)
 
 
-def test_a_layer_with_lora_keeps_as_many_bytes_as_counted():
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_a_layer_with_lora_keeps_as_many_bytes_as_counted(is_bf16):
     lora, kept = LoraSettings(rank=4), []
     for layers in (2, 4):
         model = tiny_model(lm_config=tiny_lm_config(num_hidden_layers=layers), **EARLY_FUSION).train()
         add_lora(model, lora)
-        kept.append(bytes_kept_by(model, mixed_ids(ids=model.ids), False))
-    assert kept_bytes(model.config, 2, 40, False, lora) == pytest.approx((kept[1] - kept[0]) / 2, rel=0.1)
+        kept.append(bytes_kept_by(model, mixed_ids(ids=model.ids), is_bf16))
+    assert kept_bytes(model.config, 2, 40, is_bf16, lora) == pytest.approx((kept[1] - kept[0]) / 2, rel=0.1)
 
 
 def test_the_plan_knows_lora(tiny_world, tmp_path):

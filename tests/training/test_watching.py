@@ -198,17 +198,14 @@ class StandInRun:
     """A run of W&B as far as it is used: knows the last step, as a resumed run does."""
 
     def __init__(self):
-        self.step, self.logged = 0, []
+        self.step, self.logged, self.exit_codes = 0, [], []
 
     def log(self, values, step):
         self.step = step + 1
         self.logged.append((step, values))
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
+    def finish(self, exit_code):
+        self.exit_codes.append(exit_code)
 
 
 def test_wandb_logs_every_step_once_into_one_run(tiny_world, tmp_path, monkeypatch):
@@ -226,6 +223,7 @@ def test_wandb_logs_every_step_once_into_one_run(tiny_world, tmp_path, monkeypat
     assert [step for step, _ in run.logged] == list(range(1, 10))
     losses = [line["loss"] for line in read_metrics(tmp_path / "a" / "metrics.jsonl")]
     assert [values["loss"] for _, values in run.logged] == losses
+    assert run.exit_codes == [1, 0]
     assert [call["project"] for call in calls] == ["smoltolk", "smoltolk"]
     assert calls[0]["config"]["seed"] == 0
     assert calls[0]["resume"] == "allow"
@@ -233,7 +231,7 @@ def test_wandb_logs_every_step_once_into_one_run(tiny_world, tmp_path, monkeypat
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     other = make_recipe(settings | {"output": str(tmp_path / "b")})
     (tmp_path / "b").mkdir()
-    with write_wandb(tmp_path / "b", other, 0):
+    with write_wandb(tmp_path / "b", other):
         assert len(runs) == 2  # another folder, another run
     assert calls[-1]["project"] == "mine"
 

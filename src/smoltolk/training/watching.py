@@ -143,7 +143,7 @@ def watch(
         if "tensorboard" in recipe.watch:
             reports.append(stack.enter_context(write_tensorboard(output, step)))
         if "wandb" in recipe.watch:
-            reports.append(stack.enter_context(write_wandb(output, recipe, step)))
+            reports.append(stack.enter_context(write_wandb(output, recipe)))
         if has_bar:
             reports.append(stack.enter_context(show_bar(recipe, step, remaining)))
 
@@ -220,7 +220,7 @@ def write_tensorboard(output: Path, step: int) -> Iterator[Report]:
 
 
 @contextmanager
-def write_wandb(output: Path, recipe: Recipe, step: int) -> Iterator[Report]:
+def write_wandb(output: Path, recipe: Recipe) -> Iterator[Report]:
     """Logs to Weights & Biases (extra `wandb`), under the project of WANDB_PROJECT, else "smoltolk".
 
     The output folder keeps the id of its run, so that a resume goes on with it. Steps that W&B has already, which are
@@ -236,7 +236,7 @@ def write_wandb(output: Path, recipe: Recipe, step: int) -> Iterator[Report]:
     is_begun = file.exists()
     if not is_begun:
         write_atomically(file, secrets.token_hex(8).encode())
-    with wandb.init(
+    run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "smoltolk"),
         id=file.read_text(encoding="utf-8"),
         resume="allow",
@@ -244,15 +244,20 @@ def write_wandb(output: Path, recipe: Recipe, step: int) -> Iterator[Report]:
         dir=output,
         config=recipe.model_dump(mode="json"),
         settings=wandb.Settings(console="off"),  # it would record the bar
-    ) as run:
+    )
 
-        def report(metrics: dict[str, Any]) -> None:
-            if metrics["step"] >= run.step:
-                run.log(scalars(metrics), step=metrics["step"])
+    def report(metrics: dict[str, Any]) -> None:
+        if metrics["step"] >= run.step:
+            run.log(scalars(metrics), step=metrics["step"])
 
+    exit_code = 1  # failed, or stopped
+    try:
         for line in [] if is_begun else _earlier_metrics(output):
             report(line)
         yield report
+        exit_code = 0
+    finally:
+        run.finish(exit_code=exit_code)
 
 
 def _earlier_metrics(output: Path) -> list[dict[str, Any]]:
