@@ -13,6 +13,7 @@ LEVELS = [
     {"data"},
     {"generation"},
     {"training", "evaluation", "analysis"},
+    {"experiments"},
     {"demo"},
     {"cli"},
     {"__main__"},

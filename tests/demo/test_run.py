@@ -14,8 +14,10 @@ import pytest
 import soundfile
 
 from smoltolk import cli
+from smoltolk.demo import run
 from smoltolk.demo.report import verdict
 from smoltolk.demo.run import run_demo
+from smoltolk.experiments.ablation import RATE, load_ablation
 from smoltolk.training.config import load_recipe
 
 README = Path("README.md").read_text(encoding="utf-8")
@@ -52,25 +54,25 @@ def test_the_report_is_self_contained_and_holds_every_part(demo):
     assert page.count("data:audio/mpeg;base64,") >= 3
     assert not re.search(r'(src|href)="(?!data:)', page)
     results = json.loads((demo / "results.json").read_text())
-    for model in ("smoltolk", "early-fusion"):
+    for model in ("smoltolk", "smoltolk-distilled", "early-fusion"):
         for pair in ("S→S", "T→T", "T→S", "S→T"):
             for kind in ("story", "topic"):
                 accuracy = results["summary"][model][pair][kind]
                 assert accuracy["n"] == 8
                 assert f"{100 * accuracy['accuracy']:.1f} ± {100 * accuracy['standard_error']:.1f}" in page
     assert set(results["summary"]["text-alone"]) == {"T→T"}
-    assert len(results["verdict"]) == 8
-    assert all(sentence in page.replace("&#39;", "'") for sentence in results["verdict"])
+    assert [len(sentences) for sentences in results["verdict"].values()] == [8, 8]
+    assert all(s in page.replace("&#39;", "'") for sentences in results["verdict"].values() for s in sentences)
 
 
 @pytest.mark.slow
-def test_both_models_saw_the_same_rows(demo):
+def test_all_models_saw_the_same_rows(demo):
     curves = json.loads((demo / "results.json").read_text())["seeds"][0]["models"]
-    ours, theirs = (
+    rows = [
         [[line[k] for k in ("tokens", "text_labels", "speech_labels")] for line in curves[name]["curve"]]
-        for name in ("smoltolk", "early-fusion")
-    )
-    assert ours == theirs
+        for name in ("smoltolk", "smoltolk-distilled", "early-fusion")
+    ]
+    assert rows[0] == rows[1] == rows[2]
 
 
 @pytest.mark.slow
@@ -101,6 +103,28 @@ def test_a_second_run_redoes_nothing(demo, capsys):
 def test_other_settings_in_the_same_folder_are_refused(demo):
     with pytest.raises(ValueError, match="holds a demo of other settings"):
         run_demo(demo)
+
+
+def test_data_alone_comes_with_a_recipe_to_ablate(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(run, "make_data", lambda miniature, steps: made.append((miniature.folder, miniature.seed)))
+    assert cli.main(["demo", "--data-only", "--seeds", "3", "--output", str(tmp_path)]) == 0
+    assert made == [(tmp_path / f"seed-{seed}", seed) for seed in range(3)]
+    ablation = load_ablation(tmp_path / "ablation.yaml")
+    assert ablation.settings.seeds == [0, 1, 2]
+    assert ablation.development(2) == tmp_path / "seed-2" / "development.parquet"
+    assert ablation.fresh(1) == tmp_path / "seed-1" / "cloze.parquet"
+    rates = {variant.name: [setting[RATE] for setting in variant.sweep] for variant in ablation.variants}
+    assert rates["smoltolk"] == [7.5e-4, 1.5e-3, 3e-3]
+    assert rates["early-fusion"] == [1.5e-3, 3e-3, 6e-3]
+    recipe = ablation.recipe_of(ablation.base, {}, 2, "out")
+    assert recipe.model.backbone == str(tmp_path / "seed-2" / "backbone")
+    assert recipe.data.text[0].store == str(tmp_path / "seed-2" / "text-store")
+    assert recipe.speech_tokenizer == str(tmp_path / "seed-2" / "speech-tokenizer")
+    assert recipe.model.selector_entropy_weight == 0.01
+    assert [(stage.steps, stage.decay_steps) for stage in recipe.stages] == [(300, 100), (1500, 750)]
+    assert recipe.validation.model_dump() == {"rows": 64, "every_steps": 300}
+    assert recipe.checkpoint.model_dump() == {"every_steps": 300, "keep_last": 1}
 
 
 @pytest.mark.slow
@@ -148,15 +172,15 @@ def test_the_readmes_other_commands_are_commands():
 def test_the_verdict_names_who_leads_only_beyond_the_noise():
     def result(mean, low, high):
         difference = {"mean": mean, "low": low, "high": high}
-        return {
-            "differences": {
-                pair: dict.fromkeys(("story", "topic"), difference) for pair in ("S→S", "T→T", "T→S", "S→T")
-            }
-        }
+        by_kind = dict.fromkeys(("story", "topic"), difference)
+        by_pair = dict.fromkeys(("S→S", "T→T", "T→S", "S→T"), by_kind)
+        return {"differences": {"smoltolk - early-fusion": by_pair}}
 
-    assert "SmolTolk leads by 10.0 points" in verdict([result(0.1, 0.05, 0.15)])[0]
-    assert "early fusion leads by 10.0 points" in verdict([result(-0.1, -0.15, -0.05)])[0]
-    assert "no clear difference" in verdict([result(0.1, -0.05, 0.25)])[0]
-    several = [result(m, 0, 0) for m in (0.1, 0.12, 0.11)]
-    assert "SmolTolk leads by 11.0 points" in verdict(several)[0]
-    assert "no clear difference" in verdict([result(m, 0, 0) for m in (0.1, -0.12, 0.05)])[0]
+    def first_sentence(*results):
+        return verdict(results, "smoltolk", "early-fusion")[0]
+
+    assert "SmolTolk leads by 10.0 points" in first_sentence(result(0.1, 0.05, 0.15))
+    assert "early fusion leads by 10.0 points" in first_sentence(result(-0.1, -0.15, -0.05))
+    assert "no clear difference" in first_sentence(result(0.1, -0.05, 0.25))
+    assert "SmolTolk leads by 11.0 points" in first_sentence(*(result(m, 0, 0) for m in (0.1, 0.12, 0.11)))
+    assert "no clear difference" in first_sentence(*(result(m, 0, 0) for m in (0.1, -0.12, 0.05)))

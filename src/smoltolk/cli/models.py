@@ -15,6 +15,13 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--no-progress", action="store_true", help="show no progress bar")
     train.set_defaults(run=_train)
 
+    ablate = commands.add_parser("ablate", help="compare variants of a recipe, each with its own learning rate")
+    ablate.add_argument("recipe", type=Path, help="YAML recipe with a section ablation")
+    ablate.add_argument("--output", type=Path, required=True, help="folder of all runs and of the table")
+    ablate.add_argument("--jobs", type=int, default=1, help="runs at a time; they are spread over the GPUs")
+    ablate.add_argument("--table-only", action="store_true", help="write the table of what is done so far")
+    ablate.set_defaults(run=_ablate)
+
     report = commands.add_parser("report", help="draw the curves of training runs side by side into one HTML page")
     report.add_argument("runs", type=Path, nargs="+", help="output folders of runs")
     report.add_argument("--output", type=Path, default=Path("report.html"))
@@ -72,6 +79,7 @@ def add_commands(commands: Any) -> None:
     demo.add_argument("--output", type=Path, default=Path("demo-run"))
     demo.add_argument("--seeds", type=int, default=1, help="repeat everything with so many seeds")
     demo.add_argument("--quick", action="store_true", help="a smoke run of about a minute")
+    demo.add_argument("--data-only", action="store_true", help="make the data, and a recipe for smoltolk ablate")
     demo.set_defaults(run=_demo)
 
 
@@ -87,6 +95,25 @@ def _train(options: argparse.Namespace) -> None:
     from smoltolk.training.trainer import Trainer
 
     print(f"trained model: {Trainer(load_recipe(options.recipe), progress=not options.no_progress).run()}")
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from smoltolk.experiments.ablation import load_ablation
+    from smoltolk.experiments.schedule import agree, run_ablation
+    from smoltolk.experiments.table import write_tables
+
+    ablation = load_ablation(options.recipe)
+    if options.table_only:
+        agree(ablation, options.output, is_running=False)
+    else:
+        run_ablation(ablation, options.output, jobs=options.jobs)
+    path, tables = write_tables(ablation, options.output)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # in a file nothing has to be folded
+    for table in tables:
+        console.print(table)
+    print(path)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -207,7 +234,11 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from smoltolk.demo.run import run_demo
+    from smoltolk.demo.run import make_ablation_data, run_demo
 
+    if options.data_only:
+        recipe = make_ablation_data(options.output, seeds=options.seeds, quick=options.quick)
+        print(f"data made; to go on: smoltolk ablate {recipe} --output {options.output / 'ablation'}")
+        return
     report = run_demo(options.output, seeds=options.seeds, quick=options.quick)
     print(f"report: {report}")

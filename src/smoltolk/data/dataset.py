@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from smoltolk.data.interleaving import (
+    IGNORED_LABEL,
     PAIR_CONTROL_TOKENS,
     Row,
     interleaved_row,
@@ -72,6 +73,30 @@ class TaskMixture:
 
 
 @dataclass(frozen=True, eq=False)
+class Transcripts:
+    """Rows in writing, see `Transcript`; rows of other tasks than interleaved and speech say nothing.
+
+    Args:
+        text_ids: text tokens (rows, most_tokens) int64, end-of-text after the last one.
+        places: which of them has just been said (rows, row_tokens) int64; −1 for none.
+        word_ids: the word that is being said (rows, row_tokens) int64; −100 for none.
+    """
+
+    text_ids: torch.Tensor
+    places: torch.Tensor
+    word_ids: torch.Tensor
+
+    def select(self, rows: slice | torch.Tensor) -> "Transcripts":
+        """Some of the rows."""
+        return Transcripts(self.text_ids[rows], self.places[rows], self.word_ids[rows])
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each row that are needed, (rows,)."""
+        return self.places.amax(1) + 1
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Rows of one step.
 
@@ -80,12 +105,14 @@ class Batch:
         labels: targets (rows, row_tokens) int64, −100 where nothing is predicted; the model shifts.
         tasks: the task of each row.
         samples: the utterances in each row, as (store, row) by number; `BatchSource.sample_ids` has their names.
+        transcripts: the rows in writing, where asked for.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     tasks: list[str]
     samples: list[list[tuple[int, int]]]
+    transcripts: Transcripts | None = None
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -97,7 +124,8 @@ class Batch:
 
     def select(self, rows: slice) -> "Batch":
         """Some of the rows, as a micro-batch of views."""
-        return Batch(self.input_ids[rows], self.labels[rows], self.tasks[rows], self.samples[rows])
+        transcripts = None if self.transcripts is None else self.transcripts.select(rows)
+        return Batch(self.input_ids[rows], self.labels[rows], self.tasks[rows], self.samples[rows], transcripts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +161,7 @@ class BatchSource:
             seed and step.
         max_positions: longest sequence the model has positions for.
         predict_switch: whether the switch token is a target.
+        with_transcripts: whether batches hold their rows in writing.
         speech_fingerprint: fingerprint of the model's speech tokenizer, None when unknown.
         text_fingerprint: fingerprint of the model's text tokenizer, None when unknown.
 
@@ -152,6 +181,7 @@ class BatchSource:
         split: str = "train",
         max_positions: int | None = None,
         predict_switch: bool = False,
+        with_transcripts: bool = False,
         speech_fingerprint: str | None = None,
         text_fingerprint: str | None = None,
     ) -> None:
@@ -169,6 +199,7 @@ class BatchSource:
         self.split = split
         self._policy = policy or SpanPolicy()
         self._predict_switch = predict_switch
+        self._with_transcripts = with_transcripts
         self._task_cumulative = _cumulative(mixture.weights)
         self._draws: dict[str, _Draws] = {}
         for task, weight in zip(TASKS, mixture.weights, strict=True):
@@ -258,7 +289,20 @@ class BatchSource:
             labels=torch.from_numpy(np.stack([row.labels for row, _, _ in drawn])),
             tasks=[task for _, task, _ in drawn],
             samples=[samples for _, _, samples in drawn],
+            transcripts=self._transcripts([row for row, _, _ in drawn]) if self._with_transcripts else None,
         )
+
+    def _transcripts(self, rows: Sequence[Row]) -> Transcripts:
+        written = [row.transcript for row in rows]
+        most_tokens = max(1, *(0 if t is None else len(t.text_ids) for t in written))
+        text_ids = np.full((len(rows), most_tokens), self.ids.end_of_text_id, dtype=np.int64)
+        places = np.full((len(rows), self.row_tokens), -1)
+        word_ids = np.full((len(rows), self.row_tokens), IGNORED_LABEL)
+        for i, transcript in enumerate(written):
+            if transcript is not None:
+                text_ids[i, : len(transcript.text_ids)] = transcript.text_ids
+                places[i], word_ids[i] = transcript.places, transcript.word_ids
+        return Transcripts(*(torch.from_numpy(array) for array in (text_ids, places, word_ids)))
 
     def sample_ids(self, batch: Batch) -> list[list[str]]:
         """Names of the utterances in each row of a batch, for error reports."""
@@ -274,11 +318,13 @@ class BatchSource:
         return self._draw(task, self._draws[task].tokens(rng, samples), rng), task, samples
 
     def _draw(self, task: str, tokens: Iterator[Tokens], rng: np.random.Generator) -> Row:
+        is_written = self._with_transcripts
         if task == "interleaved":
-            return interleaved_row(
-                tokens, rng, self.ids, self._policy, self.row_tokens, predict_switch=self._predict_switch
-            )
-        rows = {"speech": speech_row, "text": text_row, "transcription": transcription_row, "synthesis": synthesis_row}
+            settings = {"predict_switch": self._predict_switch, "is_written": is_written}
+            return interleaved_row(tokens, rng, self.ids, self._policy, self.row_tokens, **settings)
+        if task == "speech":
+            return speech_row(tokens, rng, self.ids, self.row_tokens, is_written=is_written)
+        rows = {"text": text_row, "transcription": transcription_row, "synthesis": synthesis_row}
         return rows[task](tokens, rng, self.ids, self.row_tokens)
 
 

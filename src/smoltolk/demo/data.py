@@ -16,7 +16,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from smoltolk.demo.backbone import BackboneSettings, pretrain_backbone
-from smoltolk.demo.lanes import Lane, progress_bar, run_lanes
 from smoltolk.demo.speech import (
     fit_tokenizer,
     fit_vocoder,
@@ -27,6 +26,7 @@ from smoltolk.demo.speech import (
 )
 from smoltolk.demo.world import CLOZE_KINDS, ClozeItem, World, build_text_tokenizer
 from smoltolk.evaluation.tasks import save_cloze
+from smoltolk.experiments.lanes import Lane, progress_bar, run_lanes
 from smoltolk.speech.audio import write_atomically
 from smoltolk.speech.mel import MelTokenizer
 
@@ -40,6 +40,7 @@ class DataSettings:
     """Sizes of a seed's data.
 
     Args:
+        world_share: share of the world's words and facts that there are.
         num_spoken: stories that are spoken.
         num_written: stories that only the text backbone and the text rows see.
         num_units: speech units.
@@ -47,9 +48,11 @@ class DataSettings:
         vocoder_texts: stories that the vocoder is fitted on.
         vocoder_steps: its training steps.
         backbone: size and training of the text backbone.
-        cloze_couples: couples of cloze items of each kind, in either set.
+        cloze_couples: couples of fresh cloze items of each kind.
+        development_couples: couples of cloze items of each kind to choose settings on.
     """
 
+    world_share: float = 1.0
     num_spoken: int = 6000
     num_written: int = 60000
     num_units: int = 64
@@ -58,8 +61,18 @@ class DataSettings:
     vocoder_steps: int = 600
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
     cloze_couples: int = 150
+    development_couples: int = 150
 
 
+SMALL = DataSettings(
+    world_share=0.5,
+    num_spoken=2500,
+    num_written=20000,
+    tokenizer_texts=150,
+    backbone=BackboneSettings(steps=600),
+    cloze_couples=100,
+    development_couples=50,
+)
 QUICK = DataSettings(
     num_spoken=48,
     num_written=200,
@@ -69,6 +82,7 @@ QUICK = DataSettings(
     vocoder_steps=10,
     backbone=BackboneSettings(hidden_size=32, num_layers=2, num_heads=2, steps=20, rows_per_step=8),
     cloze_couples=4,
+    development_couples=4,
 )
 
 
@@ -154,7 +168,7 @@ class Miniature:
     @cached_property
     def world(self) -> World:
         """The seed's world."""
-        return World(self.seed)
+        return World(self.seed, share=self.settings.world_share)
 
     @cached_property
     def spoken(self) -> list[str]:
@@ -166,10 +180,10 @@ class Miniature:
         """Texts of the stories that are only written."""
         return [story.text for story in self.world.stories(2, self.settings.num_written)]
 
-    def cloze_items(self, items_seed: int) -> list[ClozeItem]:
-        """A set of cloze items of all kinds; none of its true stories is among the stories."""
+    def cloze_items(self, items_seed: int, couples: int) -> list[ClozeItem]:
+        """A set of so many couples of each kind; none of its true stories is among the stories."""
         avoid = {*self.spoken, *self.written}
-        kinds = (self.world.cloze_items(items_seed, kind, self.settings.cloze_couples, avoid) for kind in CLOZE_KINDS)
+        kinds = (self.world.cloze_items(items_seed, kind, couples, avoid) for kind in CLOZE_KINDS)
         return [item for items in kinds for item in items]
 
 
@@ -209,10 +223,10 @@ def _make_stores(miniature: Miniature) -> dict[str, Any]:
 
 
 def _make_items(miniature: Miniature) -> dict[str, Any]:
-    tokenizer = MelTokenizer.load(miniature.speech_tokenizer)
+    tokenizer, settings = MelTokenizer.load(miniature.speech_tokenizer), miniature.settings
     sets = {
-        miniature.development_items: miniature.cloze_items(DEVELOPMENT_SEED),
-        miniature.fresh_items: miniature.cloze_items(FRESH_SEED),
+        miniature.development_items: miniature.cloze_items(DEVELOPMENT_SEED, settings.development_couples),
+        miniature.fresh_items: miniature.cloze_items(FRESH_SEED, settings.cloze_couples),
     }
     for path, items in sets.items():
         save_cloze(path, spoken_cloze(items, miniature.speech_tokenizer, WORKERS), tokenizer.fingerprint)

@@ -22,8 +22,19 @@ from smoltolk.evaluation.tasks import PAIRS
 from smoltolk.speech.audio import write_atomically
 from smoltolk.training.watching import read_metrics
 
-TITLES = {"smoltolk": "SmolTolk", "early-fusion": "early fusion", "text-alone": "text alone"}
-COLOURS = {"smoltolk": "#1b6ca8", "early-fusion": "#d1495b", "text-alone": "#7a7a7a"}
+TITLES = {
+    "smoltolk": "SmolTolk",
+    "smoltolk-distilled": "SmolTolk + distillation",
+    "early-fusion": "early fusion",
+    "text-alone": "text alone",
+}
+COLOURS = {
+    "smoltolk": "#1b6ca8",
+    "smoltolk-distilled": "#2e8b57",
+    "early-fusion": "#d1495b",
+    "text-alone": "#7a7a7a",
+}
+COMPARISONS = (("smoltolk", "early-fusion"), ("smoltolk-distilled", "smoltolk"))
 
 
 def collect(
@@ -47,7 +58,7 @@ def collect(
         "flops": 6 * num_parameters(folder / "backbone") * tokens,  # its attention over 64 tokens left out
         "losses": losses,
     }
-    result["differences"] = _differences(folder)
+    result["differences"] = {f"{ours} - {theirs}": _differences(folder, ours, theirs) for ours, theirs in COMPARISONS}
     return result
 
 
@@ -60,12 +71,11 @@ def num_parameters(folder: Path) -> int:
     return total
 
 
-def _differences(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """SmolTolk minus early fusion on the same items: mean difference and its interval over couples."""
-    tables = [
-        pq.read_table(folder / f"{name}-cloze" / "items.parquet").to_pydict() for name in ("smoltolk", "early-fusion")
-    ]
-    ours, theirs = tables
+def _differences(folder: Path, our_name: str, their_name: str) -> dict[str, dict[str, dict[str, float]]]:
+    """One model minus another on the same items: mean difference and its interval over couples."""
+    ours, theirs = (
+        pq.read_table(folder / f"{name}-cloze" / "items.parquet").to_pydict() for name in (our_name, their_name)
+    )
     if ours["id"] != theirs["id"] or ours["pair"] != theirs["pair"]:
         raise ValueError(f"the models in {folder} were scored on different items: remove their results")
     difference = np.array(ours["credit"]) - np.array(theirs["credit"])
@@ -104,12 +114,12 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def verdict(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What the difference between SmolTolk and early fusion is, in words, whichever way it falls."""
+def verdict(results: Sequence[dict[str, Any]], ours: str, theirs: str) -> list[str]:
+    """What the difference between two models is, in words, whichever way it falls."""
     sentences = []
     for kind in CLOZE_KINDS:
         for pair in PAIRS:
-            found = [r["differences"][pair][kind] for r in results]
+            found = [r["differences"][f"{ours} - {theirs}"][pair][kind] for r in results]
             points = 100 * float(np.mean([d["mean"] for d in found]))
             if len(found) > 1:
                 error = 100 * float(np.std([d["mean"] for d in found], ddof=1)) / len(found) ** 0.5
@@ -122,8 +132,10 @@ def verdict(results: Sequence[dict[str, Any]]) -> list[str]:
                 is_clear = low > 0 or high < 0
                 spread = f"95 % interval over couples {low:+.1f} … {high:+.1f}, one seed"
                 level = "the noise of the items, though one seed says nothing about another training run"
-            who = "SmolTolk leads" if points > 0 else "early fusion leads"
-            claim = f"{who} by {abs(points):.1f} points, more than {level}" if is_clear else "no clear difference"
+            leader = TITLES[ours if points > 0 else theirs]
+            claim = (
+                f"{leader} leads by {abs(points):.1f} points, more than {level}" if is_clear else "no clear difference"
+            )
             sentences.append(f"{kind} cloze, {pair}: {claim} ({points:+.1f} points; {spread}).")
     return sentences
 
@@ -157,7 +169,8 @@ def write_report(output: Path, results: Sequence[dict[str, Any]], settings: dict
     except ImportError as error:
         raise ImportError("the report needs matplotlib and jinja2: pip install 'smoltolk[demo]'") from error
     matplotlib.use("Agg")
-    summary, words = summarise(results), verdict(results)
+    summary = summarise(results)
+    words = {f"{TITLES[ours]} against {TITLES[theirs]}": verdict(results, ours, theirs) for ours, theirs in COMPARISONS}
     record = {"settings": settings, "summary": summary, "verdict": words, "seeds": results}
     write_atomically(output / "results.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
     first = results[0]
@@ -224,9 +237,9 @@ def _accuracy_picture(summary: dict[str, Any]) -> str:
         for i, (name, pairs) in enumerate(summary.items()):
             shown = [(x, pairs[pair][kind]) for x, pair in enumerate(PAIRS) if pair in pairs]
             axes.bar(
-                [x + 0.27 * (i - 1) for x, _ in shown],
+                [x + 0.21 * (i - 1.5) for x, _ in shown],
                 [100 * a["accuracy"] for _, a in shown],
-                width=0.25,
+                width=0.19,
                 yerr=[100 * (a["seed_deviation"] or a["standard_error"]) for _, a in shown],
                 color=COLOURS[name],
                 label=TITLES[name],

@@ -21,10 +21,11 @@ from smoltolk.data.store import Store
 from smoltolk.demo import report
 from smoltolk.demo.data import FRESH_SEED, DataSettings, Miniature, Steps, make_data
 from smoltolk.demo.data import QUICK as QUICK_DATA
-from smoltolk.demo.lanes import Lane, run_lanes
+from smoltolk.demo.data import SMALL as SMALL_DATA
 from smoltolk.demo.speech import speak
 from smoltolk.evaluation.results import checkpoint_fingerprint
 from smoltolk.evaluation.tasks import PAIRS, evaluate_cloze, load_cloze
+from smoltolk.experiments.lanes import Lane, run_lanes
 from smoltolk.generation.pipeline import SmolTolkPipeline
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import save_wav, write_atomically
@@ -37,9 +38,11 @@ EARLY_FUSION: dict[str, Any] = {
     "layer_mixing": "last",
     "speech_residual": False,
 }
-MODELS: dict[str, dict[str, Any]] = {"smoltolk": {"selector_entropy_weight": 0.01}, "early-fusion": EARLY_FUSION}
+SMOLTOLK: dict[str, Any] = {"selector_entropy_weight": 0.01}
+MODELS = {"smoltolk": SMOLTOLK, "smoltolk-distilled": SMOLTOLK, "early-fusion": EARLY_FUSION}
 # Each model's own rate for stage 2, taken over from a prototype with another world and a constant rate: not swept here.
-STAGE_2_RATES = {"smoltolk": 1.5e-3, "early-fusion": 3e-3}
+STAGE_2_RATES = {"smoltolk": 1.5e-3, "smoltolk-distilled": 1.5e-3, "early-fusion": 3e-3}
+DISTILLATION = {"smoltolk-distilled": {"hidden_states": 3.0}}
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class DemoSettings:
     """
 
     data: DataSettings = field(default_factory=DataSettings)
-    stage_steps: tuple[int, int] = (300, 2300)
+    stage_steps: tuple[int, int] = (300, 1900)
     rows_per_step: int = 8
     row_tokens: int = 128
     validation_rows: int = 64
@@ -64,6 +67,7 @@ class DemoSettings:
 
 
 QUICK = DemoSettings(data=QUICK_DATA, stage_steps=(6, 6), rows_per_step=4, validation_rows=4, num_continued=1)
+SMALL = DemoSettings(data=SMALL_DATA, stage_steps=(150, 500))  # many runs of it can be compared in an hour or two
 
 
 def run_demo(output: Path, *, seeds: int = 1, quick: bool = False) -> Path:
@@ -78,16 +82,19 @@ def run_demo(output: Path, *, seeds: int = 1, quick: bool = False) -> Path:
         ValueError: the folder holds a demo of other settings.
         ImportError: the extra `demo` is not installed.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}: give 1 or more")
-    settings = QUICK if quick else DemoSettings()
-    console = Console()
-    output.mkdir(parents=True, exist_ok=True)
-    _agree_on_settings(output, settings)
+    settings, console = _start(output, seeds, QUICK if quick else DemoSettings())
     results = [_run_seed(output / f"seed-{seed}", seed, settings, console) for seed in range(seeds)]
     path = report.write_report(output, results, asdict(settings))
     console.print(report.results_table(results))
     return path
+
+
+def _start(output: Path, seeds: int, settings: DemoSettings) -> tuple[DemoSettings, Console]:
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}: give 1 or more")
+    output.mkdir(parents=True, exist_ok=True)
+    _agree_on_settings(output, settings)
+    return settings, Console()
 
 
 def _agree_on_settings(output: Path, settings: DemoSettings) -> None:
@@ -113,15 +120,76 @@ def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console)
         return {"lanes": run_lanes(lanes, folder / "logs")}
 
     make_data(miniature, steps)
-    steps.run("training", "train and evaluate SmolTolk and early fusion", train_and_evaluate)
+    steps.run("training", "train and evaluate SmolTolk, with distillation too, and early fusion", train_and_evaluate)
     steps.run("text-alone", "evaluate the text backbone alone", lambda: _evaluate_backbone(miniature))
     steps.run("analysis", "analyse the layer weights", lambda: _analyse(miniature))
     steps.run("prompts", "continue prompts in all four directions", lambda: _continue_prompts(miniature, settings))
     return report.collect(folder, seed, steps.records, list(MODELS), settings.data.backbone)
 
 
+def make_ablation_data(output: Path, *, seeds: int = 1, quick: bool = False) -> Path:
+    """Makes the data of a small world for each seed, and beside it `ablation.yaml`, for `smoltolk ablate`.
+
+    Args:
+        output: folder of the demo.
+        seeds: how many seeds.
+        quick: a smoke run, too small to learn anything.
+
+    Returns:
+        Path of `ablation.yaml`.
+
+    Raises:
+        ValueError: the folder holds a demo of other settings.
+        ImportError: the extra `demo` is not installed.
+    """
+    settings, console = _start(output, seeds, QUICK if quick else SMALL)
+    for seed in range(seeds):
+        folder = output / f"seed-{seed}"
+        console.print(f"[bold]seed {seed}[/bold] in {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        make_data(Miniature(folder, seed, settings.data), Steps(folder, console))
+    path = output / "ablation.yaml"
+    write_atomically(path, _ablation(output, seeds, settings).encode())
+    return path
+
+
+def _ablation(output: Path, seeds: int, settings: DemoSettings) -> str:
+    """The recipe of an ablation over the seeds' folders, as YAML."""
+    miniature = Miniature(output / "seed-{seed}", 0, settings.data)
+    recipe, every_steps = _settings("smoltolk", miniature, settings), settings.stage_steps[0]
+    weights = {"stages.*.distillation.hidden_states": [1.0, 3.0, 10.0]}
+    faster: dict[str, Any] = {"learning_rates": [1.5e-3, 3e-3, 6e-3]}  # early fusion takes higher rates
+    recipe |= {
+        "name": "miniature",
+        "validation": {"rows": settings.validation_rows, "every_steps": every_steps},
+        "checkpoint": {"every_steps": every_steps, "keep_last": 1},
+        "ablation": {
+            "seeds": list(range(seeds)),
+            "development": str(miniature.development_items),
+            "fresh": str(miniature.fresh_items),
+            "learning_rates": [7.5e-4, 1.5e-3, 3e-3],
+            "more": {
+                "early-fusion": faster,
+                "adapter-layers-0": faster,
+                "distilled": {"like": "smoltolk", "learning_rates": [1.5e-3, 3e-3], "sweep": weights},
+                "early-fusion-distilled": {"like": "early-fusion", "learning_rates": [3e-3, 6e-3], "sweep": weights},
+            },
+            "curve": {"every_steps": max(1, sum(settings.stage_steps) // 6), "reach": [0.65, 0.75, 0.85]},
+        },
+    }
+    del recipe["seed"], recipe["output"]  # every run has its own
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
 def _recipe(name: str, miniature: Miniature, settings: DemoSettings) -> str:
-    """The recipe of one of the models, as YAML: one data order, each model its own rate in stage 2."""
+    """The recipe of one of the models, as YAML."""
+    recipe = _settings(name, miniature, settings)
+    make_recipe(recipe)
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def _settings(name: str, miniature: Miniature, settings: DemoSettings) -> dict[str, Any]:
+    """The recipe of one of the models: one data order, each model its own rate in stage 2."""
     store = [{"store": str(miniature.speech_store)}]
     rows = {
         "rows_per_step": settings.rows_per_step,
@@ -129,7 +197,8 @@ def _recipe(name: str, miniature: Miniature, settings: DemoSettings) -> str:
         "row_tokens": settings.row_tokens,
     }
     first, second = settings.stage_steps
-    recipe = {
+    distillation = {"distillation": DISTILLATION[name]} if name in DISTILLATION else {}
+    return {
         "name": f"miniature {name}",
         "seed": miniature.seed,
         "output": str(miniature.folder / name),
@@ -151,6 +220,7 @@ def _recipe(name: str, miniature: Miniature, settings: DemoSettings) -> str:
                 "learning_rate": 3e-3,
                 "warmup_steps": min(20, first // 3),
                 "decay_steps": first // 3,
+                **distillation,
             },
             {
                 "train": "everything",
@@ -160,6 +230,7 @@ def _recipe(name: str, miniature: Miniature, settings: DemoSettings) -> str:
                 "learning_rate": STAGE_2_RATES[name],
                 "warmup_steps": min(10, second // 3),
                 "decay_steps": second // 2,
+                **distillation,
             },
         ],
         "validation": {
@@ -173,8 +244,6 @@ def _recipe(name: str, miniature: Miniature, settings: DemoSettings) -> str:
         "num_threads": 1,
         "device": "cpu",
     }
-    make_recipe(recipe)
-    return yaml.safe_dump(recipe, sort_keys=False)
 
 
 def _model_lane(recipe: Path, miniature: Miniature, name: str, progress: Callable[[int], None]) -> None:
@@ -231,7 +300,7 @@ def _analyse(miniature: Miniature) -> dict[str, Any]:
 def _continue_prompts(miniature: Miniature, settings: DemoSettings) -> dict[str, Any]:
     """Fresh story beginnings, spoken and written, continued by SmolTolk in speech and in text."""
     pipeline = SmolTolkPipeline.from_pretrained(miniature.folder / "smoltolk" / "model")
-    items = miniature.cloze_items(FRESH_SEED)[: 2 * settings.num_continued : 2]
+    items = miniature.cloze_items(FRESH_SEED, settings.data.cloze_couples)[: 2 * settings.num_continued : 2]
     sounds = miniature.folder / "sounds"
     sounds.mkdir(exist_ok=True)
     tokenizer, vocoder = pipeline.speech_tokenizer, pipeline.vocoder

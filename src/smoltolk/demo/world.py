@@ -148,12 +148,24 @@ class ClozeItem:
 class World:
     """The world's stories and questions, each list a pure function of the world's seed and its own.
 
-    The seed decides which (animal, place) pairs are held out of training.
+    Args:
+        seed: decides which (animal, place) pairs are held out of training.
+        share: of the options for each slot: a smaller world has fewer words and facts.
+
+    Raises:
+        ValueError: the share is not in (0, 1].
     """
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, *, share: float = 1.0):
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}: give more than 0 and at most 1")
         self.seed = seed
-        pairs = [(animal, place) for animal in CHOICES["animal"] for place in CHOICES["place"]]
+        sizes = {slot: max(2, int(share * len(options))) for slot, options in CHOICES.items()}
+        self.choices = {
+            slot: tuple(options[i * len(options) // sizes[slot]] for i in range(sizes[slot]))
+            for slot, options in CHOICES.items()
+        }
+        pairs = [(animal, place) for animal in self.choices["animal"] for place in self.choices["place"]]
         rng = random.Random(f"{seed} held out")
         self.held_out_pairs = frozenset(rng.sample(pairs, len(pairs) // HELD_OUT_DIVISOR))
 
@@ -162,7 +174,7 @@ class World:
         first_fact, second_fact, ending_fact = rng.sample(sorted(ENDINGS), 3)
         form_sets = (*BEGINNINGS, TELLINGS[first_fact], TELLINGS[second_fact], ENDINGS[ending_fact])
         return Story(
-            choices={slot: rng.choice(options) for slot, options in CHOICES.items()},
+            choices={slot: rng.choice(options) for slot, options in self.choices.items()},
             forms=tuple(rng.choice(forms) for forms in form_sets),
             ending_fact=ending_fact,
         )
@@ -216,7 +228,7 @@ class World:
     def _changed(self, story: Story, rng: random.Random) -> Story:
         """Returns the same story with another animal or place: the one its ending follows from."""
         slot = story.ending_fact.split(".")[0]
-        others = [option for option in CHOICES[slot] if option != story.choices[slot]]
+        others = [option for option in self.choices[slot] if option != story.choices[slot]]
         return replace(story, choices={**story.choices, slot: rng.choice(others)})
 
     def _unrelated(self, story: Story, rng: random.Random) -> Story:
@@ -231,7 +243,7 @@ class World:
         """Returns every word that a story can hold, sorted, without the full stop."""
         forms = [form for forms in (*BEGINNINGS, *TELLINGS.values(), *ENDINGS.values()) for form in forms]
         literals = [text.replace(".", " ") for form in forms for text, *_ in Formatter().parse(form)]
-        options = [option for options in CHOICES.values() for option in options]
+        options = [option for options in self.choices.values() for option in options]
         chosen = [word for option in options for word in ((option,) if isinstance(option, str) else option)]
         return sorted({word for text in (*literals, *chosen) for word in text.split()})
 

@@ -15,7 +15,7 @@ text embeddings e_t           unit embeddings e_t ──────────
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -54,6 +54,8 @@ SUPPORTED_BACKBONES = (
     "qwen3",
     "smollm3",
 )
+
+MoreLoss = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Tensor]
 
 
 @dataclass
@@ -391,6 +393,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         return_token_losses: bool = False,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        more_loss: MoreLoss | None = None,
         **kwargs: Any,
     ) -> SmolTolkOutput:
         """Reads text and speech, scores the next text token and the next unit at every position.
@@ -410,6 +413,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             return_token_losses: whether to return the loss of each label.
             output_hidden_states: whether to return the levels h⁰ … h^L.
             num_items_in_batch: number of labels to normalise the loss by; by default those of this batch.
+            more_loss: gives a loss to add, of the levels h¹ … h^L (batch, seq, dim) and of what makes text logits of
+                hidden states (…, dim) of the last one.
             kwargs: passed to the backbone; `return_dict=False` gives a tuple.
 
         Positions that restart within a row part packed documents: no token sees another document, nor predicts its
@@ -483,6 +488,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         if targets is not None:
             losses = self._losses(last, speech, targets, rows)
             loss = self._loss(losses, layer_weights, is_real, num_items_in_batch)
+            if more_loss is not None:
+                loss = loss + more_loss(levels, self._text_head)
             text_loss, speech_loss = losses.text / losses.num_text, losses.speech / losses.num_units
             token_losses = losses.tokens if return_token_losses else None
         if wants_logits:

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,12 +16,16 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
+ABLATION = "ablation"  # the section that makes a recipe one of an ablation, see smoltolk.experiments
 
 
 class Strict(BaseModel):
     """Refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Checked = TypeVar("Checked", bound=Strict)
 
 
 class ModelSettings(Strict):
@@ -178,6 +182,33 @@ class LoraSettings(Strict):
     target_modules: Annotated[list[str], Field(min_length=1)] | None = None
 
 
+class DistillationSettings(Strict):
+    """Weights of the terms by which the untouched text LM teaches at the words that are spoken; 0 for none.
+
+    Args:
+        hidden_states: 1 − cosine of hidden states, mean over all layers, at word ends.
+        next_token: KL divergence of the next text token at word ends.
+        switch: the same at switches to speech.
+        word: cross-entropy of the word being said, at its units but the last.
+    """
+
+    hidden_states: NotNegativeFloat = 0.0
+    next_token: NotNegativeFloat = 0.0
+    switch: NotNegativeFloat = 0.0
+    word: NotNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _teaches(self) -> "DistillationSettings":
+        if not any(self.weights.values()):
+            raise ValueError(f"all weights are 0: give {', '.join(self.weights)} a weight, or leave distillation out")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
 class StageSettings(Strict):
     """One stage of training; it starts with a fresh optimizer.
 
@@ -197,6 +228,7 @@ class StageSettings(Strict):
         weight_decay: AdamW weight decay, on matrices only (not on embeddings, norms and biases).
         betas: AdamW betas.
         clip_norm: largest norm of the gradient.
+        distillation: what a frozen copy of the text LM teaches, None for nothing.
     """
 
     train: Literal["speech", "lora", "everything"]
@@ -213,6 +245,13 @@ class StageSettings(Strict):
     weight_decay: NotNegativeFloat = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: PositiveFloat = 1.0
+    distillation: DistillationSettings | None = None
+
+    @model_validator(mode="after")
+    def _has_words_to_teach(self) -> "StageSettings":
+        if self.distillation is not None and not self.mixture.interleaved and not self.mixture.speech:
+            raise ValueError("distillation needs rows of interleaved or speech: give them a share, or leave it out")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -364,13 +403,24 @@ def load_recipe(path: str | Path) -> Recipe:
 
     Raises:
         ValueError: a file is missing or not YAML, recipes extend each other in a circle, a key is unknown (the
-            nearest known ones are named) or a value is out of range.
+            nearest known ones are named) or a value is out of range; or it is a recipe of an ablation.
     """
-    return make_recipe(_read_settings(Path(path), ()), source=str(path))
+    settings = read_settings(Path(path))
+    if ABLATION in settings:
+        raise ValueError(f"recipe {path} has a section {ABLATION}: run it with smoltolk ablate")
+    return make_recipe(settings, source=str(path))
 
 
-def _read_settings(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
-    """Settings of a recipe file, with those of the recipe that it extends."""
+def read_settings(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Settings of a recipe file, with those of the recipe that it extends; not checked yet.
+
+    Args:
+        path: the file.
+        extending: the files on the way to this one.
+
+    Raises:
+        ValueError: a file is missing or not YAML, or recipes extend each other in a circle.
+    """
     if path.resolve() in extending:
         raise ValueError(f"recipe {path} extends itself, by way of {len(extending)} files: remove one extends")
     try:
@@ -386,7 +436,7 @@ def _read_settings(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
         return settings
     if not isinstance(base, str):
         raise ValueError(f"recipe {path}: extends is {base!r}: give the path of one recipe")
-    return merged(_read_settings(path.parent / base, (*extending, path.resolve())), settings)
+    return merged(read_settings(path.parent / base, (*extending, path.resolve())), settings)
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -400,20 +450,29 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def make_recipe(settings: dict[str, Any], source: str = "the recipe") -> Recipe:
     """Checks settings; errors name the key, its value and the remedy."""
+    return checked(Recipe, settings, source)
+
+
+def checked(model: type[Checked], settings: dict[str, Any], source: str) -> Checked:
+    """Settings as a strict model.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value is out of range; names source, keys, values and remedies.
+    """
     try:
-        return Recipe.model_validate(settings)
+        return model.model_validate(settings)
     except ValidationError as error:
-        problems = "\n".join(f"  {problem}" for problem in _problems(error))
+        problems = "\n".join(f"  {problem}" for problem in _problems(error, model))
         raise ValueError(f"{source} cannot be used:\n{problems}") from error
 
 
-def _problems(error: ValidationError) -> Iterator[str]:
+def _problems(error: ValidationError, model: type[Strict]) -> Iterator[str]:
     for problem in error.errors():
         location = problem["loc"]
         # Pydantic names the kind of a policy after it; a recipe has no such level.
         key = ".".join(str(part) for before, part in zip(("", *location), location, strict=False) if before != "policy")
         if problem["type"] == "extra_forbidden":
-            known = list(_settings_at(location[:-1]))
+            known = list(_settings_at(model, location[:-1]))
             near = difflib.get_close_matches(str(location[-1]), known, n=3) or known
             yield f"{key}: unknown key; did you mean {' or '.join(near)}?"
         elif problem["type"] == "missing":
@@ -424,13 +483,13 @@ def _problems(error: ValidationError) -> Iterator[str]:
             yield f"{key}: {problem['input']!r} is refused: {problem['msg']}"
 
 
-def _settings_at(location: tuple[int | str, ...]) -> Iterator[str]:
-    """Names of the settings at a place in a recipe."""
-    models: list[Any] = [Recipe]
+def _settings_at(model: type[Strict], location: tuple[int | str, ...]) -> Iterator[str]:
+    """Names of the settings at a place in a file."""
+    models: list[Any] = [model]
     for part in location:
         if part in models[0].model_fields:
             annotation = models[0].model_fields[part].annotation
             models = [a for a in get_args(annotation) if hasattr(a, "model_fields")] or [annotation]
-        elif isinstance(part, str):  # the kind of a policy
+        elif isinstance(part, str) and "kind" in models[0].model_fields:  # the kind of a policy
             models = [model for model in models if part in get_args(model.model_fields["kind"].annotation)]
     yield from models[0].model_fields

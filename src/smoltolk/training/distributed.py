@@ -1,13 +1,14 @@
 """Ranks: the processes of a run that `torchrun` started, or the one there is without it."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
@@ -81,13 +82,20 @@ def shard(model: SmolTolkForCausalLM, ranks: Ranks) -> None:
     if ranks.size == 1:
         model.to(ranks.device)  # type: ignore[arg-type]
         return
+    layers = (model.body.layers, model.input_adapter.layers, model.output_adapter.layers)
+    shard_layers([*chain(*layers), model], ranks)
+
+
+def shard_layers(layers: Iterable[nn.Module], ranks: Ranks) -> None:
+    """Spreads modules over the ranks, each by itself, in place; alone there is nothing to spread."""
+    if ranks.size == 1:
+        return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-    for layer in chain(model.body.layers, model.input_adapter.layers, model.output_adapter.layers):
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
 
 
 def set_gradient_sync(model: SmolTolkForCausalLM, *, is_on: bool) -> None:

@@ -1,6 +1,8 @@
 """Parameter groups, learning-rate schedule, and the account of training FLOPs."""
 
+from collections.abc import Mapping
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.training.config import StageSettings
 from smoltolk.training.lora import is_lora
 
+UNITS_PER_WORD, TEXT_TOKENS_PER_WORD = 5, 1.3  # of spoken English at 25 Hz without repetitions, roughly
 SPEECH_SHARE = {"interleaved": 0.5, "speech": 1.0, "text": 0.0}  # of the tokens of a task's rows, roughly
 
 
@@ -81,6 +84,16 @@ def mixing_size(config: SmolTolkConfig) -> int:
     return mix + perceptron(source_size, config.selector_hidden_size, num_layers)
 
 
+def layer_sizes(lm: Any) -> tuple[int, int]:
+    """Weights in the matrices of a decoder layer, and the width of its attention over all heads."""
+    dim = lm.hidden_size
+    head_dim = getattr(lm, "head_dim", None) or dim // lm.num_attention_heads
+    kv_heads = getattr(lm, "num_key_value_heads", None) or lm.num_attention_heads
+    projections = 2 * dim * head_dim * (lm.num_attention_heads + kv_heads)  # queries and output, keys and values
+    feed_forward = (2 if lm.model_type == "gpt_neox" else 3) * dim * lm.intermediate_size  # not gated, or gated
+    return projections + feed_forward, lm.num_attention_heads * head_dim
+
+
 def training_flops(
     config: SmolTolkConfig,
     *,
@@ -103,13 +116,8 @@ def training_flops(
     """
     lm = config.lm_config
     dim, num_layers = lm.hidden_size, lm.num_hidden_layers
-    head_dim = getattr(lm, "head_dim", None) or dim // lm.num_attention_heads
-    kv_heads = getattr(lm, "num_key_value_heads", None) or lm.num_attention_heads
-    layer = (
-        2 * dim * head_dim * (lm.num_attention_heads + kv_heads)  # queries and output, keys and values
-        + (2 if lm.model_type == "gpt_neox" else 3) * dim * lm.intermediate_size  # not gated, or gated
-    )
-    attention = 2 * row_tokens * lm.num_attention_heads * head_dim
+    layer, attention_size = layer_sizes(lm)
+    attention = 2 * row_tokens * attention_size
     passes = 6 if is_backbone_trained else 4
     flops = num_layers * num_tokens * (passes * layer + 3 * attention)
     flops += num_tokens * (6 if is_lora_trained else 4) * lora_size
@@ -121,6 +129,34 @@ def training_flops(
     return flops
 
 
+def distillation_flops(
+    config: SmolTolkConfig,
+    *,
+    weights: Mapping[str, float],
+    counts: Mapping[str, float],
+    num_read: int,
+    num_read_squared: int,
+    is_backbone_trained: bool,
+) -> int:
+    """What distillation adds to `training_flops`, counted alike; a second making of many logits is left out.
+
+    Args:
+        config: the model's.
+        weights: weight of each term.
+        counts: number of places of each term.
+        num_read: text tokens that the teacher reads.
+        num_read_squared: sum over rows of their squares.
+        is_backbone_trained: whether the student's text head learns.
+    """
+    lm = config.lm_config
+    layer, attention_size = layer_sizes(lm)
+    flops = lm.num_hidden_layers * (2 * layer * num_read + 2 * attention_size * num_read_squared)
+    head = lm.vocab_size * lm.hidden_size
+    taught = sum(int(counts[name]) for name in ("next_token", "switch") if weights[name])
+    labelled = int(counts["word"]) if weights["word"] else 0
+    return flops + 2 * head * taught + (6 if is_backbone_trained else 4) * head * (taught + labelled)
+
+
 def expected_flops(config: SmolTolkConfig, stage: StageSettings, lora_size: int = 0) -> int:
     """Training FLOPs of a step of a stage, before its rows are known: shares of speech are taken from its mixture.
 
@@ -128,8 +164,9 @@ def expected_flops(config: SmolTolkConfig, stage: StageSettings, lora_size: int 
     """
     tokens = stage.rows_per_step * stage.row_tokens
     shares = stage.mixture.model_dump()
-    speech = sum(SPEECH_SHARE.get(task, 0.5) * weight for task, weight in shares.items()) / sum(shares.values())
-    return training_flops(
+    total = sum(shares.values())
+    speech = sum(SPEECH_SHARE.get(task, 0.5) * weight for task, weight in shares.items()) / total
+    flops = training_flops(
         config,
         num_tokens=tokens,
         num_speech_tokens=round(speech * tokens),
@@ -139,4 +176,16 @@ def expected_flops(config: SmolTolkConfig, stage: StageSettings, lora_size: int 
         is_backbone_trained=stage.train == "everything",
         lora_size=lora_size,
         is_lora_trained=stage.train == "lora",
+    )
+    if stage.distillation is None:
+        return flops
+    words = speech * tokens / UNITS_PER_WORD
+    written = TEXT_TOKENS_PER_WORD * words + 0.5 * tokens * shares["interleaved"] / total
+    return flops + distillation_flops(
+        config,
+        weights=stage.distillation.weights,
+        counts={"next_token": words, "hidden_states": words, "switch": 0, "word": speech * tokens - words},
+        num_read=round(written),
+        num_read_squared=round(written * min(written / stage.rows_per_step, stage.row_tokens)),
+        is_backbone_trained=stage.train == "everything",
     )

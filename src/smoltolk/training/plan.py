@@ -15,7 +15,7 @@ from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.losses import LOGITS_PER_CHUNK
 from smoltolk.model.modeling_smoltolk import Adapter, SmolTolkForCausalLM
 from smoltolk.training.config import LoraSettings, Recipe, StageSettings
-from smoltolk.training.lora import add_lora, lora_size
+from smoltolk.training.lora import add_lora, is_lora, lora_size
 from smoltolk.training.optim import expected_flops, trained_parts
 
 GIB = 2**30
@@ -168,9 +168,21 @@ def memory_by_use(model: SmolTolkForCausalLM, recipe: Recipe, stage: StageSettin
         "gathered": 0 if gpus == 1 else weights - sum(in_layers) + 2 * max(in_layers),
         "activations": activations,
         "levels": model.config.lm_config.num_hidden_layers * 4 * dim * tokens,  # their gradients, from the mix
+        **_teacher_bytes(model, recipe, stage, gpus),
         "heads": 12 * logits + (4 * head * dim if stage.train == "everything" else 0),
         "overhead": OVERHEAD_BYTES,
     }
+
+
+def _teacher_bytes(model: SmolTolkForCausalLM, recipe: Recipe, stage: StageSettings, gpus: int) -> dict[str, int]:
+    """Weights of the frozen text LM, whose layers are spread over the GPUs, and its levels; nothing without one."""
+    if stage.distillation is None:
+        return {}
+    size = 2 if recipe.precision == "bf16" else 4
+    layers = sum(p.numel() for name, p in model.body.layers.named_parameters() if not is_lora(name))
+    others = sum(p.numel() for name, p in model.text_parameters() if not is_lora(name)) - layers
+    levels = model.config.lm_config.num_hidden_layers * model.config.hidden_size
+    return {"teacher": size * (layers // gpus + others + levels * stage.rows_per_micro_batch * stage.row_tokens)}
 
 
 def kept_bytes(config: Any, rows: int, row_tokens: int, is_bf16: bool, lora: LoraSettings | None = None) -> int:

@@ -23,6 +23,7 @@ from smoltolk.speech.units import load_speech_tokenizer
 from smoltolk.speech.vocoder import load_vocoder
 from smoltolk.training.checkpoints import Checkpointer, RunState, list_checkpoints, load_checkpoint, load_state
 from smoltolk.training.config import Recipe, StageSettings
+from smoltolk.training.distillation import Lesson, StepLessons, Teacher
 from smoltolk.training.distributed import join_ranks, reshard, set_gradient_sync, shard, whole
 from smoltolk.training.loader import load_batches
 from smoltolk.training.lora import add_lora, lora_size, merged, use_lora
@@ -74,6 +75,7 @@ class Trainer:
         self._lora_size = lora_size(self.model)
         self._check_companions()
         shard(self.model, self.ranks)
+        self._teacher = self._make_teacher()
         self._checkpointer = Checkpointer(self.output / "checkpoints", self.ranks, recipe.checkpoint.keep_last)
         self._sources = [self._source(stage) for stage in recipe.stages]
         self._validation = dict(self._validation_batches())
@@ -160,6 +162,12 @@ class Trainer:
             model.compile_layers()
         return model
 
+    def _make_teacher(self) -> Teacher | None:
+        if all(stage.distillation is None for stage in self.recipe.stages):
+            return None
+        dtype = torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32
+        return Teacher(self.recipe.model.backbone, dtype, self.ranks)
+
     def _check_shares(self) -> None:
         for number, stage in enumerate(self.recipe.stages, start=1):
             together = self.ranks.size * stage.rows_per_micro_batch
@@ -198,6 +206,7 @@ class Trainer:
             split=split,
             max_positions=config.max_position_embeddings,
             predict_switch=config.predict_switch,
+            with_transcripts=stage.distillation is not None and split == "train",
             speech_fingerprint=config.speech_tokenizer["fingerprint"],
             text_fingerprint=config.text_tokenizer_fingerprint,
         )
@@ -293,12 +302,15 @@ class Trainer:
             int, self.ranks.sum(*self.model.count_labels(batch.input_ids, batch.labels), num_speech_tokens)
         )
         num_labels = max(1, num_text + num_speech)
+        lessons = None
+        if stage.distillation is not None and self._teacher is not None:
+            lessons = StepLessons(self._teacher, stage.distillation, batch, self.model.ids, self.ranks)
         self.model.train()
         text_sum = speech_sum = loss_sum = 0.0
         for start in range(0, len(batch), stage.rows_per_micro_batch):
             part = batch.select(slice(start, start + stage.rows_per_micro_batch))
             set_gradient_sync(self.model, is_on=start + stage.rows_per_micro_batch == len(batch))
-            output = self._forward(part, num_labels)
+            output = self._forward(part, num_labels, lessons.lesson(part) if lessons else None)
             (self.ranks.size * output.loss).backward()  # ranks average their gradients
             part_text, part_speech = self.model.count_labels(part.input_ids, part.labels)
             loss_sum += output.loss.item()
@@ -330,6 +342,11 @@ class Trainer:
             lora_size=self._lora_size if self.recipe.uses_lora(index) else 0,
             is_lora_trained=stage.train == "lora",
         )
+        if lessons is not None:
+            state.flops += lessons.flops(
+                self.model.config,  # type: ignore[arg-type]
+                is_backbone_trained=stage.train == "everything",
+            )
         if not is_finite:
             self._count_skipped(state, self._sources[index], batch)
         return {
@@ -342,13 +359,14 @@ class Trainer:
             "speech_labels": num_speech,
             "learning_rate": share * stage.learning_rate,
             "grad_norm": finite(grad_norm),
+            **{f"distilled_{name}": finite(term) for name, term in (lessons.terms() if lessons else {}).items()},
             **{f"{part}_grad_norm": finite(norm) for part, norm in part_norms.items()},
             "skipped_steps": state.skipped_steps,
             "tokens": state.tokens,
             "flops": state.flops,
         }
 
-    def _forward(self, batch: Batch, num_labels: int | None = None) -> Any:
+    def _forward(self, batch: Batch, num_labels: int | None = None, lesson: Lesson | None = None) -> Any:
         is_bf16 = self.recipe.precision == "bf16"
         with torch.autocast(self.ranks.device.type, torch.bfloat16) if is_bf16 else nullcontext():
             # Rows are full: without a mask attention runs its causal path.
@@ -356,6 +374,7 @@ class Trainer:
                 batch.input_ids.to(self.ranks.device),
                 labels=batch.labels.to(self.ranks.device),
                 num_items_in_batch=num_labels,
+                more_loss=lesson,
             )
 
     def _count_skipped(self, state: RunState, source: BatchSource, batch: Batch) -> None:

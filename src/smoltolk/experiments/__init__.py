@@ -1,0 +1,1 @@
+"""Experiments: many runs side by side, and what they say together."""
