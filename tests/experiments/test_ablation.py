@@ -65,7 +65,7 @@ def recipe_of(ablation, name, seed=0, setting=None, steps=None):
         ({"more": {"a": {"changes": {"stages.2.steps": 1}}}}, "variant a: stages.2.steps: '2' is none of 2"),
         ({"more": {"a": {"changes": {"stages.last.steps": 1}}}}, "'last' is none of 2: give a number from 0, -1"),
         ({"more": {"a": {"changes": {"name.x": 1}}}}, "name.x: there are no settings before 'x'"),
-        ({"more": {"a": {"sweep": {"stages.*.lora": [1]}}}}, "stages.0.lora: unknown key"),
+        ({"more": {"a": {"sweep": {"stages.*.adapter": [1]}}}}, "stages.0.adapter: unknown key"),
         (
             {"more": {"a": {"like": "last-layer", "sweep": {"model.selector_entropy_weight": [0, 0.1]}}}},
             "variant a: model.selector_entropy_weight is 0.1, but with layer_mixing 'last' there is no selector",

@@ -15,7 +15,8 @@ from tests.conftest import tiny_recipe
 from smoltolk import SmolTolkForCausalLM
 from smoltolk.data.dataset import BatchSource
 from smoltolk.training.config import make_recipe
-from smoltolk.training.trainer import Trainer, read_metrics
+from smoltolk.training.trainer import Trainer
+from smoltolk.training.watching import read_metrics
 
 
 def torchrun(settings, folder, ranks):

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import mixed_ids, tiny_lm_config, tiny_model, tiny_recipe
+from tests.conftest import EARLY_FUSION, mixed_ids, tiny_lm_config, tiny_model, tiny_recipe
 from tests.training.backbones import CONFIGS
 
 from smoltolk import cli
-from smoltolk.training.config import load_recipe, make_recipe
+from smoltolk.training.config import LoraSettings, load_recipe, make_recipe
+from smoltolk.training.lora import add_lora, lora_size
 from smoltolk.training.plan import GIB, kept_bytes, make_plan, memory_by_use
+from smoltolk.training.watching import read_metrics
 
 
 def bytes_kept_by(model, ids, is_bf16):
@@ -39,8 +41,40 @@ def test_a_layer_keeps_as_many_bytes_as_counted(is_bf16):
     assert kept_bytes(model.config, 2, 40, is_bf16) == pytest.approx(per_layer, rel=0.1)
 
 
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_a_layer_with_lora_keeps_as_many_bytes_as_counted(is_bf16):
+    lora, kept = LoraSettings(rank=4), []
+    for layers in (2, 4):
+        model = tiny_model(lm_config=tiny_lm_config(num_hidden_layers=layers), **EARLY_FUSION).train()
+        add_lora(model, lora)
+        kept.append(bytes_kept_by(model, mixed_ids(ids=model.ids), is_bf16))
+    assert kept_bytes(model.config, 2, 40, is_bf16, lora) == pytest.approx((kept[1] - kept[0]) / 2, rel=0.1)
+
+
+def test_the_plan_knows_lora(tiny_world, tmp_path):
+    from smoltolk.training.trainer import Trainer
+
+    settings = tiny_recipe(tiny_world, tmp_path)
+    everything = make_plan(make_recipe(settings))
+    settings["stages"][1] |= {"train": "lora", "lora": {"rank": 4}}
+    recipe = make_recipe(settings)
+    plan = make_plan(recipe)
+    trainer = Trainer(recipe, progress=False)
+    trainer.run()
+    assert sum(plan.parts.values()) == sum(p.numel() for p in trainer.model.parameters())
+    assert plan.parts["lora"] == lora_size(trainer.model)
+    first, second = plan.stages
+    assert second.trained == first.trained + plan.parts["lora"]
+    assert second.trained + second.frozen == sum(plan.parts.values())
+    assert second.memory_bytes < everything.stages[1].memory_bytes
+    assert first.flops == everything.stages[0].flops
+    assert second.flops < everything.stages[1].flops
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert sum(stage.flops for stage in plan.stages) == pytest.approx(last["flops"], rel=0.15)
+
+
 def test_the_plan_is_what_the_run_then_does(tiny_world, tmp_path):
-    from smoltolk.training.trainer import Trainer, read_metrics
+    from smoltolk.training.trainer import Trainer
 
     recipe = make_recipe(tiny_recipe(tiny_world, tmp_path))
     plan = make_plan(recipe)

@@ -27,6 +27,7 @@ def make_run(folder, steps=30, **changes):
             "skipped_steps": 0,
             "learning_rate": 1e-3,
             "speech_grad_norm": 1.0,
+            "mfu": 0.4,
         }
         if step % 10 == 0:
             line |= {"validation_text_loss": 2.0, "text_forgetting": 0.125, "selector_entropy": 0.5}
@@ -62,7 +63,8 @@ def test_what_no_run_measured_is_left_out(tmp_path):
 
 
 def test_tokens_per_second_and_smoothing(tmp_path):
-    assert {line["tokens_per_s"] for line in read_run(make_run(tmp_path / "run"))} == {200.0}
+    assert {line["tokens_per_s"] for line in read_run(make_run(tmp_path / "old"))} == {200.0}
+    assert {line["tokens_per_s"] for line in read_run(make_run(tmp_path / "run", tokens_per_s=150.0))} == {150.0}
     assert smoothed([2.0, 4.0]) == [2.0, 4.0]  # short curves stay as they are
     long = smoothed([0.0] + [1.0] * 399)
     assert long[1] == pytest.approx(0.1)

@@ -22,7 +22,8 @@ from smoltolk.speech.mel import MelTokenizer
 from smoltolk.training import checkpoints
 from smoltolk.training.checkpoints import list_checkpoints, load_state
 from smoltolk.training.config import make_recipe
-from smoltolk.training.trainer import Trainer, TrainingStopped, read_metrics
+from smoltolk.training.trainer import Trainer, TrainingStopped
+from smoltolk.training.watching import MEASURED, read_metrics
 
 
 def run(settings, **arguments):
@@ -35,7 +36,7 @@ def weights(folder):
 
 def curve(folder):
     lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def assert_same_run(a, b):

@@ -20,7 +20,7 @@ from smoltolk.demo.world import CLOZE_KINDS
 from smoltolk.evaluation.results import bootstrap
 from smoltolk.evaluation.tasks import PAIRS
 from smoltolk.speech.audio import write_atomically
-from smoltolk.training.trainer import read_metrics
+from smoltolk.training.watching import read_metrics
 
 TITLES = {
     "smoltolk": "SmolTolk",

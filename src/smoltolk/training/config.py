@@ -166,6 +166,22 @@ class Mixture(Strict):
         return TaskMixture(**{task: getattr(self, task) for task in TASKS})
 
 
+class LoraSettings(Strict):
+    """Small matrices that learn in the place of the text LM's weights, see `smoltolk.training.lora`.
+
+    Args:
+        rank: rows of A and columns of B.
+        alpha: their product counts alpha / rank times.
+        dropout: share of A's inputs that are dropped in training.
+        target_modules: names of linear layers within a decoder layer, such as q_proj; None for all of them.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = None
+
+
 class DistillationSettings(Strict):
     """Weights of the terms by which the untouched text LM teaches at the words that are spoken; 0 for none.
 
@@ -197,7 +213,9 @@ class StageSettings(Strict):
     """One stage of training; it starts with a fresh optimizer.
 
     Args:
-        train: "speech" trains the speech parts with the text LM frozen, "everything" trains all.
+        train: "speech" trains the speech parts with the text LM frozen, "lora" trains LoRA matrices of the text LM
+            too, "everything" trains all.
+        lora: the LoRA matrices, with `train: lora`.
         steps: optimizer steps.
         rows_per_step: rows in a step.
         rows_per_micro_batch: rows in one forward; several make a step.
@@ -213,7 +231,8 @@ class StageSettings(Strict):
         distillation: what a frozen copy of the text LM teaches, None for nothing.
     """
 
-    train: Literal["speech", "everything"]
+    train: Literal["speech", "lora", "everything"]
+    lora: Annotated[LoraSettings | None, Field(exclude_if=lambda lora: lora is None)] = None
     steps: PositiveInt
     rows_per_step: PositiveInt
     rows_per_micro_batch: PositiveInt
@@ -233,6 +252,12 @@ class StageSettings(Strict):
         if self.distillation is not None and not self.mixture.interleaved and not self.mixture.speech:
             raise ValueError("distillation needs rows of interleaved or speech: give them a share, or leave it out")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_lora(cls, settings: Any) -> Any:
+        is_lora = isinstance(settings, dict) and settings.get("train") == "lora"
+        return settings | {"lora": settings.get("lora") or {}} if is_lora else settings
 
 
 class ValidationSettings(Strict):
@@ -277,6 +302,8 @@ class Recipe(Strict):
         loader_workers: processes that draw batches ahead, 0 to draw them in between; None takes 4 beside an
             accelerator and 0 on a CPU. They change no batch.
         max_skipped_steps: stop when more steps than this had a loss or gradient that is not finite.
+        watch: where metrics are written besides `metrics.jsonl`: "tensorboard", "wandb" (W&B), or both.
+        peak_tflops: TFLOP/s of one device at best, for the MFU; None for what is known of the GPU.
     """
 
     name: str
@@ -297,6 +324,8 @@ class Recipe(Strict):
     num_threads: PositiveInt | None = None
     loader_workers: NotNegativeInt | None = None
     max_skipped_steps: NotNegativeInt = 20
+    watch: list[Literal["tensorboard", "wandb"]] = []
+    peak_tflops: PositiveFloat | None = None
 
     @field_validator("stages")
     @classmethod
@@ -312,6 +341,13 @@ class Recipe(Strict):
                     f"stage {number}: warmup_steps {stage.warmup_steps} and decay_steps {stage.decay_steps} "
                     f"do not fit into its {stage.steps} steps"
                 )
+            if stage.train != "lora" and stage.lora is not None:
+                raise ValueError(f"stage {number}: lora is given, but train is {stage.train}: set train to lora")
+        by_lora = [stage.lora for stage in stages if stage.train == "lora"]
+        if by_lora and any(stage.train == "everything" for stage in stages):
+            raise ValueError("one stage trains lora and another everything: choose one of them")
+        if any(settings != by_lora[0] for settings in by_lora):
+            raise ValueError("stages have different lora settings, but a run has one set of matrices: make them equal")
         return stages
 
     @property
@@ -330,6 +366,8 @@ class Recipe(Strict):
                 "validation",
                 "speech_tokenizer",
                 "vocoder",
+                "watch",
+                "peak_tflops",
             }
         )
         return hashlib.sha256(decisive.encode()).hexdigest()
@@ -341,6 +379,15 @@ class Recipe(Strict):
                 return index, step
             step -= stage.steps
         raise ValueError(f"step {step} lies beyond the last stage")
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        """LoRA matrices of the run, None if no stage trains any."""
+        return next((stage.lora for stage in self.stages if stage.train == "lora"), None)
+
+    def uses_lora(self, index: int) -> bool:
+        """Whether LoRA matrices have begun to learn by a stage."""
+        return any(stage.train == "lora" for stage in self.stages[: index + 1])
 
     @property
     def num_steps(self) -> int:

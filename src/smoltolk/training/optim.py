@@ -1,6 +1,7 @@
 """Parameter groups, learning-rate schedule, and the account of training FLOPs."""
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,23 +10,37 @@ from torch import nn
 from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.training.config import StageSettings
+from smoltolk.training.lora import is_lora
+
+UNITS_PER_WORD, TEXT_TOKENS_PER_WORD = 5, 1.3  # of spoken English at 25 Hz without repetitions, roughly
+SPEECH_SHARE = {"interleaved": 0.5, "speech": 1.0, "text": 0.0}  # of the tokens of a task's rows, roughly
+
+
+def trained_parts(model: SmolTolkForCausalLM, stage: StageSettings) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Named parameters that a stage trains, "speech" and, unless it is frozen, "text": the text LM or its LoRA."""
+    parts = {"speech": list(model.speech_parameters())}
+    if stage.train == "everything":
+        parts["text"] = list(model.text_parameters())
+    elif stage.train == "lora":
+        parts["text"] = [(name, parameter) for name, parameter in model.text_parameters() if is_lora(name)]
+    return parts
 
 
 def make_optimizer(model: SmolTolkForCausalLM, stage: StageSettings) -> torch.optim.AdamW:
-    """AdamW for a stage, with the text LM frozen where the stage says so.
+    """AdamW for a stage, with all that it does not train frozen.
 
     Speech parts and text LM are groups of their own, each parted by weight decay: matrices have it,
     embeddings, norms and biases don't. Every trained parameter is in exactly one group.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    parts = [("speech", model.speech_parameters(), stage.learning_rate)]
-    text_rate = stage.text_learning_rate or stage.learning_rate
-    for _, parameter in model.text_parameters():
-        parameter.requires_grad_(stage.train == "everything")
-    if stage.train == "everything":
-        parts.append(("text", model.text_parameters(), text_rate))
+    rates = {"speech": stage.learning_rate, "text": stage.text_learning_rate or stage.learning_rate}
+    parts = trained_parts(model, stage)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for _, parameter in chain(*parts.values()):
+        parameter.requires_grad_(True)
     groups = []
-    for part, named, rate in parts:
+    for part, named in parts.items():
         parameters = [parameter for _, parameter in named]
         decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
         others = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
@@ -35,7 +50,7 @@ def make_optimizer(model: SmolTolkForCausalLM, stage: StageSettings) -> torch.op
                     {
                         "params": members,
                         "weight_decay": weight_decay,
-                        "peak_lr": rate,
+                        "peak_lr": rates[part],
                         "part": part,
                         "lr": 0.0,
                     }
@@ -88,13 +103,16 @@ def training_flops(
     num_speech_labels: int,
     row_tokens: int,
     is_backbone_trained: bool,
+    lora_size: int = 0,
+    is_lora_trained: bool = False,
 ) -> int:
     """Floating-point operations of forward and backward over some rows.
 
     Counts matrix products: 2 per weight and token forward, the same for the gradient of the activations and
     for the gradient of the weights if they are trained; attention 2 · row_tokens · dim per token and layer
     forward (half of the square, by causality) and twice that backward. The input adapter sees speech tokens
-    only, heads see labelled rows only. Its attention within segments is left out, being short.
+    only, heads see labelled rows only. Its attention within segments is left out, being short. Each of the
+    `lora_size` weights of LoRA matrices that take part sees every token.
     """
     lm = config.lm_config
     dim, num_layers = lm.hidden_size, lm.num_hidden_layers
@@ -102,6 +120,7 @@ def training_flops(
     attention = 2 * row_tokens * attention_size
     passes = 6 if is_backbone_trained else 4
     flops = num_layers * num_tokens * (passes * layer + 3 * attention)
+    flops += num_tokens * (6 if is_lora_trained else 4) * lora_size
     flops += config.num_output_adapter_layers * num_tokens * (6 * layer + 3 * attention)
     flops += config.num_input_adapter_layers * num_speech_tokens * 6 * layer
     flops += 6 * num_tokens * mixing_size(config)
@@ -136,3 +155,37 @@ def distillation_flops(
     taught = sum(int(counts[name]) for name in ("next_token", "switch") if weights[name])
     labelled = int(counts["word"]) if weights["word"] else 0
     return flops + 2 * head * taught + (6 if is_backbone_trained else 4) * head * (taught + labelled)
+
+
+def expected_flops(config: SmolTolkConfig, stage: StageSettings, lora_size: int = 0) -> int:
+    """Training FLOPs of a step of a stage, before its rows are known: shares of speech are taken from its mixture.
+
+    `lora_size` is the number of weights of the LoRA matrices that take part.
+    """
+    tokens = stage.rows_per_step * stage.row_tokens
+    shares = stage.mixture.model_dump()
+    total = sum(shares.values())
+    speech = sum(SPEECH_SHARE.get(task, 0.5) * weight for task, weight in shares.items()) / total
+    flops = training_flops(
+        config,
+        num_tokens=tokens,
+        num_speech_tokens=round(speech * tokens),
+        num_text_labels=round((1 - speech) * tokens),
+        num_speech_labels=round(speech * tokens),
+        row_tokens=stage.row_tokens,
+        is_backbone_trained=stage.train == "everything",
+        lora_size=lora_size,
+        is_lora_trained=stage.train == "lora",
+    )
+    if stage.distillation is None:
+        return flops
+    words = speech * tokens / UNITS_PER_WORD
+    written = TEXT_TOKENS_PER_WORD * words + 0.5 * tokens * shares["interleaved"] / total
+    return flops + distillation_flops(
+        config,
+        weights=stage.distillation.weights,
+        counts={"next_token": words, "hidden_states": words, "switch": 0, "word": speech * tokens - words},
+        num_read=round(written),
+        num_read_squared=round(written * min(written / stage.rows_per_step, stage.row_tokens)),
+        is_backbone_trained=stage.train == "everything",
+    )

@@ -1,25 +1,25 @@
 """What a recipe will need, before anything starts: parameters, tokens, operations, memory, hours."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from transformers import AutoConfig, PreTrainedConfig
 
 from smoltolk.data.store import Store
 from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.losses import LOGITS_PER_CHUNK
 from smoltolk.model.modeling_smoltolk import Adapter, SmolTolkForCausalLM
-from smoltolk.training.config import Recipe, StageSettings
-from smoltolk.training.optim import distillation_flops, training_flops
+from smoltolk.training.config import LoraSettings, Recipe, StageSettings
+from smoltolk.training.lora import add_lora, is_lora, lora_size
+from smoltolk.training.optim import expected_flops, trained_parts
 
 GIB = 2**30
 NUM_UNITS = 500  # the paper's, where no store says another number
-UNITS_PER_WORD, TEXT_TOKENS_PER_WORD = 5, 1.3  # of spoken English at 25 Hz without repetitions, roughly
-SPEECH_SHARE = {"interleaved": 0.5, "speech": 1.0, "text": 0.0}  # of the tokens of a task's rows, roughly
 OVERHEAD_BYTES = GIB  # of the device's libraries and of the allocator
 
 
@@ -100,6 +100,11 @@ def make_plan(
         model = SmolTolkForCausalLM(config)
     model.set_attn_implementation("eager" if recipe.attn_implementation == "eager" else "sdpa")
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    num_lora = 0
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora)
+        num_lora = parts["lora"] = lora_size(model)
+    num_parameters = sum(parts.values())
     stages = []
     for number, stage in enumerate(recipe.stages, start=1):
         if stage.row_tokens > config.max_position_embeddings:
@@ -112,10 +117,11 @@ def make_plan(
                 f"stage {number}: rows_per_step {stage.rows_per_step} is not a multiple of {gpus} GPUs x "
                 f"rows_per_micro_batch {stage.rows_per_micro_batch}: change one of them"
             )
-        flops = stage.steps * _step_flops(config, stage)
+        flops = stage.steps * expected_flops(config, stage, num_lora if recipe.uses_lora(number - 1) else 0)
+        trained = sum(p.numel() for _, p in chain(*trained_parts(model, stage).values()))
         plan = StagePlan(
-            trained=sum(p.numel() for _, p in _trained(model, stage)),
-            frozen=0 if stage.train == "everything" else sum(p.numel() for _, p in model.text_parameters()),
+            trained=trained,
+            frozen=num_parameters - trained,
             tokens_per_step=stage.rows_per_step * stage.row_tokens,
             steps=stage.steps,
             flops=flops,
@@ -139,18 +145,20 @@ def memory_by_use(model: SmolTolkForCausalLM, recipe: Recipe, stage: StageSettin
     keeps for its backward, counted without computing it; compiled layers keep less.
     """
     weights = 4 * sum(p.numel() for p in model.parameters())
-    trained = 4 * sum(p.numel() for _, p in _trained(model, stage))
+    trained = 4 * sum(p.numel() for _, p in chain(*trained_parts(model, stage).values()))
     layers = [*model.body.layers, *model.output_adapter.layers, *model.input_adapter.layers]
     in_layers = [4 * sum(p.numel() for p in layer.parameters()) for layer in layers]
     num_micro_batches = stage.rows_per_step // (gpus * stage.rows_per_micro_batch)
     is_whole = gpus > 1 and num_micro_batches > 1  # gradients are exchanged after the last micro-batch only
     tokens = stage.rows_per_micro_batch * stage.row_tokens
-    kept = kept_bytes(model.config, stage.rows_per_micro_batch, stage.row_tokens, recipe.precision == "bf16")
+    rows = (stage.rows_per_micro_batch, stage.row_tokens, recipe.precision == "bf16")
+    kept = kept_bytes(model.config, *rows)
+    kept_in_text = kept if stage.lora is None else kept_bytes(model.config, *rows, stage.lora)
     dim, num_layers = model.config.hidden_size, len(layers)
     # Below the first layer that learns nothing is kept: with a frozen LM only if no speech comes in before it.
-    activations = num_layers * kept
+    activations = len(model.body.layers) * kept_in_text + (num_layers - len(model.body.layers)) * kept
     if recipe.gradient_checkpointing:
-        activations = num_layers * 4 * dim * tokens + kept
+        activations = num_layers * 4 * dim * tokens + max(kept, kept_in_text)
     head = max(model.config.lm_config.vocab_size, model.ids.num_speech_tokens)
     logits = min(LOGITS_PER_CHUNK, head * tokens)
     return {
@@ -171,14 +179,17 @@ def _teacher_bytes(model: SmolTolkForCausalLM, recipe: Recipe, stage: StageSetti
     if stage.distillation is None:
         return {}
     size = 2 if recipe.precision == "bf16" else 4
-    layers = sum(p.numel() for p in model.body.layers.parameters())
-    others = sum(p.numel() for _, p in model.text_parameters()) - layers
+    layers = sum(p.numel() for name, p in model.body.layers.named_parameters() if not is_lora(name))
+    others = sum(p.numel() for name, p in model.text_parameters() if not is_lora(name)) - layers
     levels = model.config.lm_config.num_hidden_layers * model.config.hidden_size
     return {"teacher": size * (layers // gpus + others + levels * stage.rows_per_micro_batch * stage.row_tokens)}
 
 
-def kept_bytes(config: Any, rows: int, row_tokens: int, is_bf16: bool) -> int:
-    """Bytes that one decoder layer keeps for its backward pass, weights left out; counted on tensors without data."""
+def kept_bytes(config: Any, rows: int, row_tokens: int, is_bf16: bool, lora: LoraSettings | None = None) -> int:
+    """Bytes that one decoder layer keeps for its backward pass, weights left out; counted on tensors without data.
+
+    With `lora` only its LoRA matrices learn.
+    """
     kept: dict[int, Any] = {}  # storages by identity
 
     def note(tensor: Tensor) -> Tensor:
@@ -186,25 +197,28 @@ def kept_bytes(config: Any, rows: int, row_tokens: int, is_bf16: bool) -> int:
         kept[storage._cdata] = storage
         return tensor
 
+    with torch.device("meta"):
+        layer = one_layer(config, lora)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-        adapter = one_layer(config)
+        parameters = {n: torch.empty(p.shape, requires_grad=p.requires_grad) for n, p in layer.named_parameters()}
+        buffers = {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in layer.named_buffers()}
         hidden = torch.empty(rows, row_tokens, config.hidden_size, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            adapter(hidden, None, torch.arange(row_tokens)[None])
-        weights = {p.untyped_storage()._cdata for p in adapter.parameters()}
+            functional_call(layer, parameters | buffers, (hidden, None, torch.arange(row_tokens)[None]))
+        weights = {p.untyped_storage()._cdata for p in parameters.values()}
     return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
 
 
-def one_layer(config: Any) -> nn.Module:
-    """A decoder layer of the backbone's family."""
+def one_layer(config: Any, lora: LoraSettings | None = None) -> nn.Module:
+    """A decoder layer of the backbone's family; with `lora` it is frozen but for its LoRA matrices."""
     small = type(config.lm_config)(**config.lm_config.to_dict() | {"num_hidden_layers": 1, "layer_types": None})
     one = SmolTolkConfig(lm_config=small, num_units=1, num_input_adapter_layers=0, num_output_adapter_layers=1)
-    adapter: Adapter = SmolTolkForCausalLM(one).output_adapter
+    model = SmolTolkForCausalLM(one)
+    adapter: Adapter = model.output_adapter
+    if lora is not None:
+        add_lora(model, lora)
+        adapter.layers = model.body.layers
     return adapter
-
-
-def _trained(model: SmolTolkForCausalLM, stage: StageSettings) -> Iterator[tuple[str, nn.Parameter]]:
-    return model.named_parameters() if stage.train == "everything" else model.speech_parameters()
 
 
 def _num_units(recipe: Recipe) -> tuple[int, bool]:
@@ -232,31 +246,3 @@ def _config(recipe: Recipe, lm_config: PreTrainedConfig | None, num_units: int) 
     if recipe.model.max_position_embeddings is not None:
         lm_config.max_position_embeddings = recipe.model.max_position_embeddings
     return SmolTolkConfig(lm_config=lm_config, num_units=num_units, **settings)
-
-
-def _step_flops(config: SmolTolkConfig, stage: StageSettings) -> int:
-    tokens = stage.rows_per_step * stage.row_tokens
-    shares = stage.mixture.model_dump()
-    total = sum(shares.values())
-    speech = sum(SPEECH_SHARE.get(task, 0.5) * weight for task, weight in shares.items()) / total
-    flops = training_flops(
-        config,
-        num_tokens=tokens,
-        num_speech_tokens=round(speech * tokens),
-        num_text_labels=round((1 - speech) * tokens),
-        num_speech_labels=round(speech * tokens),
-        row_tokens=stage.row_tokens,
-        is_backbone_trained=stage.train == "everything",
-    )
-    if stage.distillation is None:
-        return flops
-    words = speech * tokens / UNITS_PER_WORD
-    written = TEXT_TOKENS_PER_WORD * words + 0.5 * tokens * shares["interleaved"] / total
-    return flops + distillation_flops(
-        config,
-        weights=stage.distillation.weights,
-        counts={"next_token": words, "hidden_states": words, "switch": 0, "word": speech * tokens - words},
-        num_read=round(written),
-        num_read_squared=round(written * min(written / stage.rows_per_step, stage.row_tokens)),
-        is_backbone_trained=stage.train == "everything",
-    )

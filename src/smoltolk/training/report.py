@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltolk.speech.audio import write_atomically
-from smoltolk.training.trainer import METRICS_FILE, read_metrics
+from smoltolk.training.watching import METRICS_FILE, read_metrics
 
 PICTURES = {
     "Training loss": ("loss", "text_loss", "speech_loss"),
@@ -23,9 +23,10 @@ PICTURES = {
     "Gradient norm": ("speech_grad_norm", "text_grad_norm"),
     "Learning rate of the speech parts": ("learning_rate",),
     "Tokens per second": ("tokens_per_s",),
+    "MFU: share of the peak of the devices": ("mfu",),
 }
 LEVELS = "Mean weight of each level where a unit is predicted, at the last validation"
-_SMOOTHED = frozenset({"loss", "text_loss", "speech_loss", "speech_grad_norm", "text_grad_norm", "tokens_per_s"})
+_SMOOTHED = frozenset({"loss", "text_loss", "speech_loss", "speech_grad_norm", "text_grad_norm", "tokens_per_s", "mfu"})
 _LINES = 40  # a smoothed curve has about so many independent points
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e08e0b", "#7a52a3", "#5f6b6d", "#a0522d", "#008b8b")
 
@@ -116,7 +117,8 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is empty: wait until the run has done a step")
     before = 0
     for line in lines:
-        line["tokens_per_s"] = (line["tokens"] - before) / line["seconds"] if line.get("seconds") else None
+        if "tokens_per_s" not in line:
+            line["tokens_per_s"] = (line["tokens"] - before) / line["seconds"] if line.get("seconds") else None
         before = line["tokens"]
     return lines
 

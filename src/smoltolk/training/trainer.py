@@ -1,24 +1,23 @@
 """The training run of a recipe: stages, steps, validation, checkpoints, metrics."""
 
 import json
-import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoTokenizer
 
 from smoltolk.data.dataset import TASKS, Batch, BatchSource, TaskMixture
 from smoltolk.data.store import Store, lock
 from smoltolk.data.text import tokenizer_fingerprint
+from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.units import load_speech_tokenizer
 from smoltolk.speech.vocoder import load_vocoder
@@ -27,9 +26,10 @@ from smoltolk.training.config import Recipe, StageSettings
 from smoltolk.training.distillation import Lesson, StepLessons, Teacher
 from smoltolk.training.distributed import join_ranks, reshard, set_gradient_sync, shard, whole
 from smoltolk.training.loader import load_batches
+from smoltolk.training.lora import add_lora, lora_size, merged, use_lora
 from smoltolk.training.optim import make_optimizer, training_flops, trapezoid
+from smoltolk.training.watching import METRICS_FILE, Report, peak_flops, read_metrics, speed, watch
 
-METRICS_FILE = "metrics.jsonl"
 MODEL_FOLDER = "model"
 VALIDATION_SEED = 0
 
@@ -72,6 +72,7 @@ class Trainer:
         self._stores: dict[str, Store] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.backbone)
         self.model = self._make_model()
+        self._lora_size = lora_size(self.model)
         self._check_companions()
         shard(self.model, self.ranks)
         self._teacher = self._make_teacher()
@@ -94,26 +95,23 @@ class Trainer:
 
     def _run(self, stop: "StopRequests") -> Path:
         state, optimizer = self._start()
-        if self.ranks.is_main:
-            self._truncate_metrics(state.step)
-        if not state.step:  # text alone is not touched by the new speech parts: this is the backbone's own loss
-            state.backbone_text_loss = self._validate(state).get("validation_text_loss")
-        with self._bar(state) as report, closing(self._batches(state.step)) as batches:
+        with self._watch(state) as report, closing(self._batches(state.step)) as batches:
+            if not state.step:  # text alone is not touched by the new speech parts: this is the backbone's own loss
+                state.backbone_text_loss = self._validate(state).get("validation_text_loss")
             while state.step < self.recipe.num_steps:
                 index, step_of_stage = self.recipe.stage_at(state.step)
                 stage = self.recipe.stages[index]
                 if step_of_stage == 0:
-                    optimizer = make_optimizer(self.model, stage)
-                started = time.perf_counter()
+                    optimizer = self._begin_stage(index)
+                started, tokens, flops = time.perf_counter(), state.tokens, state.flops
                 metrics = self._step(state, next(batches), optimizer, index, step_of_stage)
                 metrics["seconds"] = time.perf_counter() - started
+                metrics |= self._speed(state.tokens - tokens, state.flops - flops, metrics["seconds"])
                 state.seconds += metrics["seconds"]
                 is_stage_end = step_of_stage == stage.steps - 1
                 if is_stage_end or state.step % self.recipe.validation.every_steps == 0:
                     metrics |= self._validate(state)
-                if self.ranks.is_main:
-                    self._write_metrics(metrics)
-                    report(metrics)
+                report(metrics)
                 if self.on_step is not None:
                     self.on_step(metrics)
                 self._checkpointer.finish_if_done()
@@ -153,6 +151,8 @@ class Trainer:
             text_tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             **settings,
         )
+        if self.recipe.lora is not None:  # drawn last: all else is as without
+            add_lora(model, self.recipe.lora)
         model.set_attn_implementation(self.recipe.attn_implementation)
         if self.recipe.gradient_checkpointing:
             # Renamed in transformers 5.2x; the old name warns there.
@@ -241,10 +241,15 @@ class Trainer:
                 f"output {self.output} holds a run of another recipe: give another output, or remove the folder"
             )
         index, step_of_stage = self.recipe.stage_at(min(state.step, self.recipe.num_steps - 1))
-        optimizer = make_optimizer(self.model, self.recipe.stages[index])
+        optimizer = self._begin_stage(index)
         if last is not None:
             load_checkpoint(last, self.model, optimizer, with_moments=step_of_stage > 0)
         return state, optimizer
+
+    def _begin_stage(self, index: int) -> torch.optim.Optimizer:
+        """Frees what a stage trains, freezes the rest, and makes its optimizer."""
+        use_lora(self.model, is_on=self.recipe.uses_lora(index))
+        return make_optimizer(self.model, self.recipe.stages[index])
 
     def _export(self, state: RunState) -> Path:
         """The trained model with its tokenizers and vocoder in one folder, replaced as a whole."""
@@ -264,7 +269,8 @@ class Trainer:
         shutil.rmtree(aside, ignore_errors=True)
         try:
             tied = self.model.all_tied_weights_keys  # gathered weights don't share memory
-            self.model.save_pretrained(aside, state_dict={n: w for n, w in weights.items() if n not in tied})
+            plain = merged(self.model, {n: w for n, w in weights.items() if n not in tied})
+            self.model.save_pretrained(aside, state_dict=plain)
             self.tokenizer.save_pretrained(aside)
             for name in ("speech_tokenizer", "vocoder"):
                 if source := getattr(self.recipe, name):
@@ -333,6 +339,8 @@ class Trainer:
             num_speech_labels=num_speech,
             row_tokens=stage.row_tokens,
             is_backbone_trained=stage.train == "everything",
+            lora_size=self._lora_size if self.recipe.uses_lora(index) else 0,
+            is_lora_trained=stage.train == "lora",
         )
         if lessons is not None:
             state.flops += lessons.flops(
@@ -419,47 +427,15 @@ class Trainer:
 
     # ---- watching
 
-    def _write_metrics(self, metrics: dict[str, Any]) -> None:
-        with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+    def _speed(self, tokens: int, flops: int, seconds: float) -> dict[str, float]:
+        peak = peak_flops(self.recipe, self.ranks.device)
+        return speed(tokens=tokens, flops=flops, seconds=seconds, peak=peak and self.ranks.size * peak)
 
-    def _truncate_metrics(self, step: int) -> None:
-        """Drops lines of steps that will be done again, and a line that was cut off."""
-        path = self.output / METRICS_FILE
-        if not path.exists():
-            return
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, path)
-
-    @contextmanager
-    def _bar(self, state: RunState) -> Iterator[Any]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, disable=not (self.progress and self.ranks.is_main)) as bar:
-            task = bar.add_task(self.recipe.name, total=self.recipe.num_steps, completed=state.step, losses="")
-
-            def report(metrics: dict[str, Any]) -> None:
-                rate = self.recipe.stages[metrics["stage"] - 1]
-                tokens_per_s = rate.rows_per_step * rate.row_tokens / metrics["seconds"]
-                shown = " ".join(
-                    f"{name} {metrics[f'{name}_loss']:.3f}"
-                    for name in ("text", "speech")
-                    if metrics[f"{name}_loss"] is not None
-                )
-                bar.update(
-                    task,
-                    completed=metrics["step"],
-                    losses=f"stage {metrics['stage']} {shown} {tokens_per_s:,.0f} tokens/s",
-                )
-
-            yield report
+    def _watch(self, state: RunState) -> AbstractContextManager[Report]:
+        if not self.ranks.is_main:
+            return nullcontext(lambda metrics: None)
+        config: SmolTolkConfig = self.model.config  # type: ignore[assignment]
+        return watch(self.recipe, config, state.step, lora_size=self._lora_size, has_bar=self.progress)
 
 
 class StopRequests:
@@ -500,14 +476,3 @@ def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def finite(value: float) -> float | None:
     """The value, or None for one that JSON cannot hold."""
     return value if abs(value) < float("inf") else None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a last line that was cut off by a kill is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
