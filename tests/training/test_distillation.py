@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.conftest import EARLY_FUSION, tiny_lm_config, tiny_model, tiny_recipe
+from tests.training.test_distributed import finish, settings_for, torchrun
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -205,3 +206,18 @@ def test_distillation_without_weights_or_without_words_is_refused(tiny_world, tm
     recipe["stages"][0] |= {"distillation": {"word": 1}, "mixture": {"text": 1}}
     with pytest.raises(ValueError, match="distillation needs rows of interleaved or speech"):
         make_recipe(recipe)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_taught_what_one_is(tiny_world, tmp_path):
+    curves = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"ranks{ranks}"
+        settings = settings_for(tiny_world, folder)
+        stages = [stage | {"steps": 3, "decay_steps": 0, "distillation": ALL} for stage in settings["stages"]]
+        finish(torchrun(settings | {"stages": stages, "validation": {"rows": 0}}, folder, ranks))
+        curves.append(read_metrics(folder / "metrics.jsonl"))
+    for one, two in zip(*curves, strict=True):
+        assert two["flops"] == one["flops"]
+        for name in ("loss", "grad_norm", *(f"distilled_{term}" for term in ALL)):
+            assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), (one["step"], name)

@@ -73,6 +73,25 @@ def test_the_plan_knows_lora(tiny_world, tmp_path):
     assert sum(stage.flops for stage in plan.stages) == pytest.approx(last["flops"], rel=0.15)
 
 
+def test_the_plan_knows_the_teacher(tiny_world, tmp_path):
+    from smoltolk.training.trainer import Trainer
+
+    settings = tiny_recipe(tiny_world, tmp_path)
+    plain = make_plan(make_recipe(settings))
+    for stage in settings["stages"]:
+        stage["distillation"] = {"hidden_states": 3, "word": 1}
+    recipe = make_recipe(settings)
+    plan = make_plan(recipe)
+    trainer = Trainer(recipe, progress=False)
+    trainer.run()
+    weights = sum(p.numel() for _, p in trainer.model.text_parameters())
+    levels = 3 * 32 * 2 * 32  # layers, width, rows and tokens of a micro-batch
+    for ours, theirs in zip(plan.stages, plain.stages, strict=True):
+        assert ours.memory_bytes - theirs.memory_bytes == 4 * (weights + levels)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert sum(stage.flops for stage in plan.stages) == pytest.approx(last["flops"], rel=0.15)
+
+
 def test_the_plan_is_what_the_run_then_does(tiny_world, tmp_path):
     from smoltolk.training.trainer import Trainer
 
