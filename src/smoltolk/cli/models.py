@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--gpus", type=int, default=1)
     plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU")
     plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
-    plan.add_argument("--peak-tflops", type=float, default=790.0, help="bf16 peak of a GPU; H100s reach 790 of their 989")
+    plan.add_argument("--peak-tflops", type=float, default=790.0, help="bf16 peak of a GPU, as H100s reach it")
     plan.add_argument("--lm-config", help="configuration of the text LM, where the backbone itself is not at hand")
     plan.set_defaults(run=_plan, resume_hint="stopped")
 
