@@ -2,10 +2,11 @@
 
 import gc
 import signal
+import threading
 from collections.abc import Generator, Sequence
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from smoltolk.data.dataset import Batch, BatchSource
 from smoltolk.training.config import Recipe
@@ -29,10 +30,23 @@ class StepBatches(Dataset[Batch]):
         self.ranks = ranks
 
     def __getitem__(self, step: int) -> Batch:
+        if get_worker_info() is None:
+            self.check_files()
         index, _ = self.recipe.stage_at(step)
         num_rows = self.recipe.stages[index].rows_per_step // self.ranks.size
         rows = range(self.ranks.rank * num_rows, (self.ranks.rank + 1) * num_rows)
         return self.sources[index].batch(self.recipe.seed, step, rows=rows)
+
+    def check_files(self) -> None:
+        """Raises if a file of a store is gone or was changed: reading from a mapped file that was cut kills a process.
+
+        The trainer looks before it draws a batch itself; of processes that draw ahead it looks when one has died.
+
+        Raises:
+            ValueError: names the file.
+        """
+        for store in {store.path: store for source in self.sources for store in source.stores}.values():
+            store.check_files()
 
 
 def load_batches(
@@ -42,9 +56,14 @@ def load_batches(
 
     A batch is a function of seed and step, so nothing has to be kept for a resume, and no number of processes
     changes a batch.
+
+    Raises:
+        ValueError: a file of a store is gone or was changed.
+        ChildProcessError: a process that draws batches died for another reason.
     """
+    batches = StepBatches(recipe, sources, ranks)
     loader = DataLoader(
-        StepBatches(recipe, sources, ranks),
+        batches,
         batch_size=None,  # an item is a batch already
         sampler=range(first_step, recipe.num_steps),
         num_workers=num_workers,
@@ -52,7 +71,21 @@ def load_batches(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else it draws a number from the global one
     )
-    yield from loader
+    drawn = iter(loader)
+    if num_workers and threading.current_thread() is threading.main_thread():
+        # torch's handler raises in the midst of a step or of a save when a process dies: without it, it is found dead
+        # when its batch is waited for, within seconds.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from drawn
+    except RuntimeError as error:
+        if not num_workers or "DataLoader worker" not in str(error):
+            raise
+        batches.check_files()
+        raise ChildProcessError(
+            f"a process that drew batches has died ({error}): run the same command to go on; if it dies again, it may "
+            "be short of memory: lower loader_workers"
+        ) from error
 
 
 def _start_worker(_: int) -> None:

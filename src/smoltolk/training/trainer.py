@@ -9,10 +9,11 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoTokenizer
 
@@ -83,7 +84,9 @@ class Trainer:
         Raises:
             TrainingStopped: Ctrl-C or SIGTERM; a checkpoint was saved first.
             FloatingPointError: too many steps had a loss or gradient that was not finite.
-            OSError: a checkpoint could not be written.
+            OSError: a checkpoint or the metrics could not be written, or a process that draws batches died; of several
+                ranks all stop, with the last checkpoint intact.
+            ValueError: a file of a store is gone or was changed; a checkpoint was saved first.
         """
         with lock(self.output) if self.ranks.is_main else nullcontext(), stop_requests() as stop:
             folder = self._run(stop)
@@ -103,19 +106,27 @@ class Trainer:
                 if step_of_stage == 0:
                     optimizer = make_optimizer(self.model, stage)
                 started = time.perf_counter()
-                metrics = self._step(state, next(batches), optimizer, index, step_of_stage)
+                batch = self._draw(batches, state, optimizer)
+                metrics = self._step(state, batch, optimizer, index, step_of_stage)
                 metrics["seconds"] = time.perf_counter() - started
                 state.seconds += metrics["seconds"]
                 is_stage_end = step_of_stage == stage.steps - 1
                 if is_stage_end or state.step % self.recipe.validation.every_steps == 0:
                     metrics |= self._validate(state)
+                fault = None
                 if self.ranks.is_main:
-                    self._write_metrics(metrics)
                     report(metrics)
+                    try:
+                        self._write_metrics(metrics)
+                    except OSError as error:
+                        fault = self._unwritten(self.output / METRICS_FILE, error)
                 if self.on_step is not None:
                     self.on_step(metrics)
-                self._checkpointer.finish_if_done()
-                [stops] = self.ranks.sum(stop.is_requested)  # a signal need not reach all ranks in the same step
+                # A signal need not reach all ranks in the same step, nor need all find that they cannot write.
+                stops, faults = self.ranks.sum(stop.is_requested, fault is not None or self._checkpointer.has_failed)
+                if faults:
+                    self._checkpointer.wait()
+                    self._raise_together(fault)  # unsaved: the step's line is lost, so the step is to be done again
                 if is_stage_end or stops or state.step % self.recipe.checkpoint.every_steps == 0:
                     self._checkpointer.save(state, self.model, optimizer)
                 if stops and state.step < self.recipe.num_steps:
@@ -126,6 +137,35 @@ class Trainer:
                     )
         self._checkpointer.wait()
         return self._export(state)
+
+    def _draw(self, batches: Iterator[Batch], state: RunState, optimizer: torch.optim.Optimizer) -> Batch:
+        """The next batch; if a rank cannot have it, all save and stop."""
+        batch = fault = None
+        try:
+            batch = next(batches)
+        except (OSError, ValueError) as error:
+            fault = error
+        [faults] = self.ranks.sum(fault is not None)
+        if faults and state.step:
+            self._checkpointer.save(state, self.model, optimizer)
+            self._checkpointer.wait()
+        if faults:
+            self._raise_together(fault)
+        assert batch is not None
+        return batch
+
+    def _raise_together(self, fault: Exception | None) -> NoReturn:
+        """Stops all ranks for the fault of some of them."""
+        found = self.ranks.gather(fault and str(fault))
+        if fault is not None:
+            raise fault
+        raise OSError("; ".join(f"rank {rank} has stopped: {message}" for rank, message in enumerate(found) if message))
+
+    def _unwritten(self, path: Path, error: Exception) -> OSError:
+        return OSError(
+            f"{path} could not be written ({error}): checkpoints are intact; make room and run the same command to "
+            "go on"
+        )
 
     # ---- making things from the recipe
 
@@ -224,6 +264,7 @@ class Trainer:
 
     def _start(self) -> tuple[RunState, torch.optim.Optimizer]:
         """The state and optimizer to go on from: the last checkpoint's, or new ones."""
+        self._checkpointer.remove_leftovers()
         checkpoints = list_checkpoints(self._checkpointer.folder)
         last = self.ranks.share(checkpoints[-1] if checkpoints else None)
         state = RunState(0, self.recipe.fingerprint) if last is None else load_state(last)
@@ -239,7 +280,7 @@ class Trainer:
 
     def _export(self, state: RunState) -> Path:
         """The trained model with its tokenizers and vocoder in one folder, replaced as a whole."""
-        final, aside = self.output / MODEL_FOLDER, self.output / f".{MODEL_FOLDER}.tmp"
+        final = self.output / MODEL_FOLDER
         record = {
             "recipe": self.recipe.model_dump(mode="json"),
             "tokens": state.tokens,
@@ -249,10 +290,21 @@ class Trainer:
             "validation_losses": self._validation_losses(),
         }
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if not self.ranks.is_main:
-            self.ranks.share(None)
-            return final
-        shutil.rmtree(aside, ignore_errors=True)
+        fault = None
+        if self.ranks.is_main:
+            try:
+                self._write_model(final, weights, record)
+            except (OSError, SafetensorError) as error:
+                fault = self._unwritten(final, error)
+        [faults] = self.ranks.sum(fault is not None)  # the others wait until the folder is there
+        if faults:
+            self._raise_together(fault)
+        return final
+
+    def _write_model(self, final: Path, weights: dict[str, Any], record: dict[str, Any]) -> None:
+        aside, before = (final.with_name(f".{final.name}.{kind}") for kind in ("tmp", "old"))
+        for leftover in (aside, before):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             tied = self.model.all_tied_weights_keys  # gathered weights don't share memory
             self.model.save_pretrained(aside, state_dict={n: w for n, w in weights.items() if n not in tied})
@@ -261,12 +313,12 @@ class Trainer:
                 if source := getattr(self.recipe, name):
                     shutil.copytree(source, aside / name)
             (aside / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                final.rename(before)
             aside.rename(final)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.ranks.share(None)  # the others wait until the folder is there
-        return final
+            for leftover in (aside, before):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _validation_losses(self) -> list[dict[str, float | None]]:
         """Loss of each task at the end of each stage, as the metrics have it."""
@@ -447,11 +499,14 @@ class StopRequests:
     """Whether somebody asked to stop."""
 
     is_requested = False
+    _is_interrupted = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """Hears a signal."""
-        if self.is_requested:
-            raise KeyboardInterrupt  # asked twice: stop at once, from the last checkpoint
+        if signum == signal.SIGINT:  # one Ctrl-C after another; SIGTERM may come from SLURM and from torchrun
+            if self._is_interrupted:
+                raise KeyboardInterrupt  # at once, from the last checkpoint
+            self._is_interrupted = True
         self.is_requested = True
 
 
