@@ -1,4 +1,4 @@
-"""Whether a training run survives kills: it is killed at random moments, started again, and must end as if it never was.
+"""Whether a training run survives kills: killed at random moments, started again, it must end as if it never was.
 
 A tiny recipe is run once without kills. Then the same is run in processes that get SIGKILL: some while they start, some
 while they train, some as soon as a checkpoint is seen being written, some as soon as the model is. After each kill

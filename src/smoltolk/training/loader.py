@@ -3,6 +3,7 @@
 import gc
 import signal
 import threading
+import time
 from collections.abc import Generator, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from smoltolk.training.config import Recipe
 from smoltolk.training.distributed import Ranks
 
 BATCHES_AHEAD = 2  # per process
+CHECK_EVERY_S = 30.0  # what looking costs: some microseconds a shard, or a round trip where the store is on a network
 
 
 class StepBatches(Dataset[Batch]):
@@ -28,10 +30,12 @@ class StepBatches(Dataset[Batch]):
         self.recipe = recipe
         self.sources = sources
         self.ranks = ranks
+        self._next_check_s = 0.0
 
     def __getitem__(self, step: int) -> Batch:
-        if get_worker_info() is None:
+        if get_worker_info() is None or time.monotonic() >= self._next_check_s:
             self.check_files()
+            self._next_check_s = time.monotonic() + CHECK_EVERY_S
         index, _ = self.recipe.stage_at(step)
         num_rows = self.recipe.stages[index].rows_per_step // self.ranks.size
         rows = range(self.ranks.rank * num_rows, (self.ranks.rank + 1) * num_rows)
@@ -40,7 +44,8 @@ class StepBatches(Dataset[Batch]):
     def check_files(self) -> None:
         """Raises if a file of a store is gone or was changed: reading from a mapped file that was cut kills a process.
 
-        The trainer looks before it draws a batch itself; of processes that draw ahead it looks when one has died.
+        The trainer looks before it draws a batch itself, and when a process that draws ahead has died; such a process
+        looks every `CHECK_EVERY_S`.
 
         Raises:
             ValueError: names the file.
@@ -78,10 +83,11 @@ def load_batches(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from drawn
-    except RuntimeError as error:
-        if not num_workers or "DataLoader worker" not in str(error):
+    except (RuntimeError, ValueError) as error:
+        if num_workers:
+            batches.check_files()  # what a process that died of it could not say
+        if "DataLoader worker (pid" not in str(error):
             raise
-        batches.check_files()
         raise ChildProcessError(
             f"a process that drew batches has died ({error}): run the same command to go on; if it dies again, it may "
             "be short of memory: lower loader_workers"

@@ -403,14 +403,26 @@ class Trainer:
             )
 
     def _count_skipped(self, state: RunState, source: BatchSource, batch: Batch) -> None:
+        """Counts a step that was not finite, on all ranks alike; too many stop them."""
         state.skipped_steps += 1
         if state.skipped_steps > self.recipe.max_skipped_steps:
-            samples = sorted({sample for row in source.sample_ids(batch) for sample in row})
+            found = self.ranks.gather((self._samples_not_finite(source, batch), source.sample_ids(batch)))
+            guilty = {sample for rows, _ in found for row in rows for sample in row}
+            samples = guilty or {sample for _, rows in found for row in rows for sample in row}
+            where = "rows whose loss was not finite" if guilty else "batch, whose gradient was not finite,"
             raise FloatingPointError(
                 f"{state.skipped_steps} steps had a loss or gradient that was not finite, more than "
-                f"max_skipped_steps {self.recipe.max_skipped_steps}; at step {state.step} the batch held the "
-                f"utterances {', '.join(samples[:20])}: look at them, or lower the learning rate"
+                f"max_skipped_steps {self.recipe.max_skipped_steps}; at step {state.step} the {where} held the "
+                f"utterances {', '.join(sorted(samples)[:20])}: look at them, or lower the learning rate"
             )
+
+    @torch.no_grad()
+    def _samples_not_finite(self, source: BatchSource, batch: Batch) -> list[list[str]]:
+        """Names of the utterances in the rows of a batch that alone have a loss that is not finite."""
+        rows = [batch.select(slice(row, row + 1)) for row in range(len(batch))]
+        losses = [self._forward(row).loss.item() for row in rows]  # sharded ranks gather weights together: as many each
+        reshard(self.model)
+        return [source.sample_ids(row)[0] for row, loss in zip(rows, losses, strict=True) if finite(loss) is None]
 
     @torch.no_grad()
     def _validate(self, state: RunState) -> dict[str, Any]:
