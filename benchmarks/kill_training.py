@@ -31,7 +31,7 @@ from smoltolk.training.checkpoints import list_checkpoints, load_state
 from smoltolk.training.trainer import METRICS_FILE, MODEL_FOLDER, read_metrics
 
 POLL_S = 0.0005
-MOMENTS = ("starting", "training", "checkpoint", "checkpoint", "any")  # aims of the kills, in turn at random
+MOMENTS = ("starting", "training", "training", "checkpoint", "checkpoint")  # aims of the kills, at random
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,11 +109,9 @@ class Run:
         """Kills the process, or one rank, at a moment of the kind aimed at, and starts it again."""
         if aim == "starting":
             time.sleep(chance.uniform(0, 5))
-        elif aim == "any":
-            time.sleep(chance.uniform(0, 12))
         elif aim == "training":
             self._wait_for_a_step()
-            time.sleep(chance.uniform(0, 1))
+            time.sleep(chance.uniform(0, 2))
         elif aim == "checkpoint":
             self._wait_for_a_step()
             time.sleep(chance.uniform(0, 0.5))
