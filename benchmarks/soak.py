@@ -62,8 +62,8 @@ def train(folder: Path, options: argparse.Namespace) -> tuple[np.ndarray, int]:
         steps = metrics["step"]
         seconds = time.perf_counter() - started
         if not samples or seconds - samples[-1][0] >= options.sample_s:
-            workers = sum(resident_mib(worker.pid) for worker in active_children())
-            samples.append((seconds, resident_mib(os.getpid()), workers))
+            workers = sum(own_memory_mib(worker.pid) for worker in active_children())
+            samples.append((seconds, own_memory_mib(os.getpid()), workers))
         if seconds >= 60 * options.minutes:
             signal.raise_signal(signal.SIGINT)
 
@@ -72,17 +72,17 @@ def train(folder: Path, options: argparse.Namespace) -> tuple[np.ndarray, int]:
     return np.array(samples), steps
 
 
-def resident_mib(process: int | None) -> float:
-    """Resident memory of a process."""
+def own_memory_mib(process: int | None) -> float:
+    """Memory of a process that is no file's, swapped out or not: the system takes files' pages back as it likes."""
     status = Path(f"/proc/{process}/status").read_text().split()
-    return int(status[status.index("VmRSS:") + 1]) / 1024
+    return sum(int(status[status.index(name) + 1]) for name in ("RssAnon:", "VmSwap:")) / 1024
 
 
 def print_report(samples: np.ndarray, steps: int, options: argparse.Namespace) -> None:
     print(
         f"{samples[-1, 0] / 60:.1f} minutes, {steps:,} steps, {steps // options.every:,} checkpoints and validations, "
         f"{options.loader_workers} loader process(es); Python {platform.python_version()}, torch {torch.__version__}; "
-        "resident memory, MiB: least – median – greatest\n"
+        "own memory, MiB: least – median – greatest\n"
     )
     rows = []
     for name, column in (("trainer", 1), ("loader processes", 2)):

@@ -154,6 +154,23 @@ def outcomes(processes, settings, folder, fault):
     return [file.read_text() if file.exists() else "" for file in files]
 
 
+def four_steps(tiny_world, folder):
+    """A checkpoint at the second and at the last."""
+    settings = settings_for(tiny_world, folder)
+    settings["validation"]["rows"] = 0
+    for stage in settings["stages"]:
+        stage |= {"steps": 2, "decay_steps": 0}
+    return settings
+
+
+@pytest.fixture(scope="module")
+def whole_run(processes, tiny_world, tmp_path_factory):
+    """Both ranks to the end; also a checkpoint must be there as soon as it is written, not at the next one."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert outcomes(processes, four_steps(tiny_world, folder), folder, waits_for_the_checkpoint) == ["done", "done"]
+    return folder
+
+
 def at_step(step, action):
     def on_step(metrics):
         if metrics["step"] == step:
@@ -179,18 +196,18 @@ def waits_for_the_checkpoint(rank, settings):
 
 
 def one_rank_hears_sigterm(rank, settings):
-    return at_step(5, lambda: signal.raise_signal(signal.SIGTERM)) if rank == 1 else None
+    return at_step(3, lambda: signal.raise_signal(signal.SIGTERM)) if rank == 1 else None
 
 
 def one_rank_is_killed(rank, settings):
-    return at_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL)) if rank == 1 else None
+    return at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL)) if rank == 1 else None
 
 
 def the_disk_of_one_rank_is_full(rank, settings):
     write_data = FileSystemWriter.write_data
 
     def disk_full(writer, plan, planner):
-        if rank == 1 and "00000006" in str(writer.path):
+        if rank == 1 and "00000004" in str(writer.path):
             raise OSError(28, "No space left on device")
         return write_data(writer, plan, planner)
 
@@ -201,7 +218,7 @@ def the_main_rank_cannot_publish(rank, settings):
     rename = Path.rename
 
     def refuse(path, target):
-        if path.name == ".step-00000006.tmp":
+        if path.name == ".step-00000004.tmp":
             raise OSError(28, "No space left on device")
         return rename(path, target)
 
@@ -215,14 +232,14 @@ def metrics_cannot_be_written(rank, settings):
         metrics.rename(metrics.with_suffix(".aside"))
         metrics.symlink_to("/dev/full")
 
-    return at_step(4, fill_the_disk) if rank == 0 else None
+    return at_step(2, fill_the_disk) if rank == 0 else None
 
 
 def one_rank_misses_a_shard(rank, settings):
     def vanish(store):
         raise ValueError("shard-00000.parquet is missing")
 
-    return at_step(5, lambda: setattr(Store, "check_files", vanish)) if rank == 1 else None
+    return at_step(3, lambda: setattr(Store, "check_files", vanish)) if rank == 1 else None
 
 
 def some_rows_are_not_finite(rank, settings):
@@ -238,26 +255,26 @@ def some_rows_are_not_finite(rank, settings):
     settings["max_skipped_steps"] = 2
 
 
-FULL = "OSError: .*step-00000006 could not be written .*No space left on device.*make room"
+FULL = "OSError: .*step-00000004 could not be written .*No space left on device.*make room"
 FAULTS = [  # the fault; how both ranks end; the last checkpoint then
-    (one_rank_hears_sigterm, ["TrainingStopped: stopped after step 5 of 9, saved"] * 2, 5),
-    (one_rank_is_killed, [".*Error: ", "^$"], 4),
-    (the_disk_of_one_rank_is_full, [FULL, FULL], 4),
-    (the_main_rank_cannot_publish, [FULL, "OSError: .*step-00000006 .*another rank could not write"], 4),
+    (one_rank_hears_sigterm, ["TrainingStopped: stopped after step 3 of 4, saved"] * 2, 3),
+    (one_rank_is_killed, [".*Error: ", "^$"], 2),
+    (the_disk_of_one_rank_is_full, [FULL, FULL], 2),
+    (the_main_rank_cannot_publish, [FULL, "OSError: .*step-00000004 .*another rank could not write"], 2),
     (
         metrics_cannot_be_written,
         ["OSError: .*metrics.jsonl could not be written .*No space", "OSError: rank 0 has stopped: .*metrics.jsonl"],
-        4,
+        2,
     ),
-    (one_rank_misses_a_shard, ["OSError: rank 1 has stopped: shard-00000", "ValueError: shard-00000.parquet is"], 5),
+    (one_rank_misses_a_shard, ["OSError: rank 1 has stopped: shard-00000", "ValueError: shard-00000.parquet is"], 3),
 ]
 
 
 @pytest.mark.parametrize(("fault", "ends", "last"), FAULTS, ids=[fault.__name__ for fault, *_ in FAULTS])
 def test_a_fault_of_one_rank_stops_both_and_the_next_start_goes_on(
-    processes, runs, tiny_world, tmp_path, fault, ends, last
+    processes, whole_run, tiny_world, tmp_path, fault, ends, last
 ):
-    settings = settings_for(tiny_world, tmp_path)
+    settings = four_steps(tiny_world, tmp_path)
     for end, found in zip(ends, outcomes(processes, settings, tmp_path, fault), strict=True):
         assert re.match(end, found)
     saved = list_checkpoints(tmp_path / "checkpoints")
@@ -265,20 +282,18 @@ def test_a_fault_of_one_rank_stops_both_and_the_next_start_goes_on(
     if (aside := tmp_path / "metrics.aside").exists():
         aside.replace(tmp_path / "metrics.jsonl")
     assert outcomes(processes, settings, tmp_path, no_fault) == ["done", "done"]
-    assert losses(tmp_path) == losses(runs[2])  # to the last bit
-    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, runs[2]))
+    assert losses(tmp_path) == losses(whole_run)  # to the last bit
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, whole_run))
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
     assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
 
 
-def test_a_checkpoint_of_two_ranks_is_there_as_soon_as_it_is_written(processes, tiny_world, tmp_path):
-    settings = settings_for(tiny_world, tmp_path)
-    assert outcomes(processes, settings, tmp_path, waits_for_the_checkpoint) == ["done", "done"]
+def test_a_checkpoint_of_two_ranks_is_there_as_soon_as_it_is_written(whole_run):
+    assert [line["step"] for line in read_metrics(whole_run / "metrics.jsonl")] == [1, 2, 3, 4]  # it waited at step 3
 
 
 def test_both_ranks_skip_a_step_of_which_one_has_rows_that_are_not_finite(processes, tiny_world, tmp_path):
-    settings = settings_for(tiny_world, tmp_path) | {"max_skipped_steps": 2}
-    settings["validation"]["rows"] = 0
+    settings = four_steps(tiny_world, tmp_path) | {"max_skipped_steps": 2}
     ends = outcomes(processes, settings, tmp_path, some_rows_are_not_finite)
     assert ends[0] == ends[1]
     assert re.match("FloatingPointError: 3 steps .* at step 3 the batch, whose gradient .* utterances u", ends[0])
