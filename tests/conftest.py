@@ -1,4 +1,4 @@
-"""Tiny random models and data that the tests share."""
+"""Tiny random models and data that the tests, and the benchmarks of long runs, share."""
 
 import numpy as np
 import pytest
@@ -113,10 +113,8 @@ def tiny_utterances(tokenizer, count=12, seed=0):
         )
 
 
-@pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory):
-    """A folder with a backbone and a store, as training needs them."""
-    folder = tmp_path_factory.mktemp("tiny-world")
+def make_tiny_world(folder):
+    """Makes a backbone and a store in a folder, as training needs them."""
     tokenizer = tiny_text_tokenizer()
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_lm_config()).save_pretrained(folder / "backbone")
@@ -128,6 +126,11 @@ def tiny_world(tmp_path_factory):
         speech_tokenizer=SPEECH_CARD,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+    return make_tiny_world(tmp_path_factory.mktemp("tiny-world"))
 
 
 def tiny_recipe(tiny_world, output, **changes):

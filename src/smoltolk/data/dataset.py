@@ -212,6 +212,11 @@ class BatchSource:
                 )
             self._draws[task] = self._make_draws(task, stores.get(task, ()))
 
+    @property
+    def stores(self) -> list[Store]:
+        """The stores that rows are drawn from; one of several tasks comes several times."""
+        return [store for draws in self._draws.values() for store in draws.stores]
+
     def _check_store(
         self,
         store: Store,

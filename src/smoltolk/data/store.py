@@ -15,13 +15,14 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +70,7 @@ def lock(folder: Path) -> Iterator[None]:
         ValueError: another writer holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as file:
+    with open(folder / LOCK, "a") as file, _not_inherited(file):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -81,6 +82,25 @@ def lock(folder: Path) -> Iterator[None]:
                 if leftover.is_file():
                     leftover.unlink()
         yield
+
+
+@contextlib.contextmanager
+def _not_inherited(file: IO[str]) -> Iterator[None]:
+    """Keeps a file from forked processes: one that outlives its killed parent for seconds would hold its lock on."""
+    _held.add(file)
+    try:
+        yield
+    finally:
+        _held.discard(file)
+
+
+def _close_held() -> None:
+    for file in _held:
+        file.close()
+
+
+_held: set[IO[str]] = set()
+os.register_at_fork(after_in_child=_close_held)
 
 
 def write_shard(folder: Path, number: int, utterances: Sequence[Utterance], metadata: StoreMetadata) -> Shard:
@@ -266,14 +286,7 @@ class Store:
         return shards
 
     def _open_shard(self, number: int, shard: Shard) -> None:
-        path = self.path / shard.file
-        if not path.exists():
-            raise ValueError(f"{path} is missing: copy the whole store, or prepare it again")
-        if path.stat().st_size != shard.bytes:
-            raise ValueError(
-                f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}, it is truncated or "
-                f"changed: copy it again, or prepare the store again"
-            )
+        path = self._check_file(shard)
         try:
             with pq.ParquetFile(path, memory_map=True) as file:
                 footer, schema = file.metadata, file.schema_arrow
@@ -300,6 +313,30 @@ class Store:
             self._groups.append(RowGroup(buffer, footer.row_group(group), path))
             self._places.append((path, group))
             self._starts.append(self._starts[-1] + self._groups[-1].num_rows)
+
+    def check_files(self) -> None:
+        """Check that every shard is still there, and of its size.
+
+        Raises:
+            ValueError: a shard is missing or truncated; names it.
+        """
+        for shard in self.shards:
+            self._check_file(shard)
+
+    def _check_file(self, shard: Shard) -> Path:
+        path = self.path / shard.file
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise ValueError(
+                f"{path} is missing ({error.strerror}): copy the whole store, or prepare it again"
+            ) from None
+        if size != shard.bytes:
+            raise ValueError(
+                f"{path} has {size} bytes instead of {shard.bytes}, it is truncated or "
+                f"changed: copy it again, or prepare the store again"
+            )
+        return path
 
     def __len__(self) -> int:
         return self._starts[-1]

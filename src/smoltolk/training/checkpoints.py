@@ -4,11 +4,11 @@ The format is that of `torch.distributed.checkpoint`: what one number of ranks h
 """
 
 import json
+import os
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Checkpointer:
 
     def __init__(self, folder: Path, ranks: Ranks, keep_last: int) -> None:
         self.folder, self.ranks, self.keep_last = folder, ranks, keep_last
-        self._pending: tuple[Future[Any], RunState] | None = None
+        self._pending: tuple[Future[None], int] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         # Writers agree on their plan in the background: not among the collectives of the training itself.
         self._group = dist.new_group(backend="gloo") if ranks.size > 1 else None
@@ -69,55 +69,72 @@ class Checkpointer:
     def save(self, state: RunState, model: SmolTolkForCausalLM, optimizer: Optimizer) -> None:
         """Copies weights and optimizer, and writes the copy in the background; waits for the one before.
 
+        A step that has a checkpoint already is not written again.
+
         Raises:
             OSError: the checkpoint before could not be written; earlier ones are intact.
         """
         self.wait()
-        aside = self._aside(state.step)
-        if self.ranks.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.ranks.share(None)  # nobody writes before it is gone
+        if self.ranks.share(self._final(state.step).exists()):
+            return
         weights, moments = get_state_dict(model, optimizer)
         copy = BlockingAsyncStager().stage({"model": weights, "optimizer": moments})
-        write = partial(dcp.save, copy, checkpoint_id=aside, no_dist=self._group is None, process_group=self._group)
-        self._pending = self._thread.submit(write), replace(state)
+        self._pending = self._thread.submit(self._write, copy, replace(state)), state.step
 
-    def finish_if_done(self) -> None:
-        """Makes a checkpoint visible that has been written meanwhile; does not wait. For one rank alone.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        if self._pending is not None and self.ranks.size == 1 and self._pending[0].done():
-            self.wait()
+    @property
+    def has_failed(self) -> bool:
+        """Whether the checkpoint in work, if any, has failed on this rank; `wait` on all ranks says why."""
+        return self._pending is not None and self._pending[0].done() and self._pending[0].exception() is not None
 
     def wait(self) -> None:
-        """Waits until the checkpoint in work is whole and visible, and removes all but the last few.
+        """Waits until the checkpoint in work, if any, is whole and visible.
 
         Raises:
-            OSError: it could not be written.
+            OSError: it could not be written; raised on all ranks, whichever failed.
         """
         if self._pending is None:
             return
-        (future, state), self._pending = self._pending, None
+        (future, step), self._pending = self._pending, None
         error = ""
         try:
             future.result()
-            if self.ranks.is_main:
-                self._publish(state)
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as failure:  # a full disk is any of these
+        except dcp.api.CheckpointException as failure:
+            error = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in failure.failures.items())
+        except (OSError, RuntimeError) as failure:  # a full disk is any of these
             error = str(failure) or type(failure).__name__
         [failures] = self.ranks.sum(bool(error))
         if failures:
-            raise self._failure(state.step, error or "another rank could not write")
+            raise self._failure(step, error or "another rank could not write")
 
-    def _publish(self, state: RunState) -> None:
-        aside, final = self._aside(state.step), self.folder / f"step-{state.step:08d}"
-        (aside / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+    def remove_leftovers(self) -> None:
+        """Removes what a run that was killed has left half-written, or half-removed; by the main rank, at the start."""
+        if self.ranks.is_main:
+            for leftover in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(leftover)
+
+    def _write(self, copy: dict[str, Any], state: RunState) -> None:
+        """Writes a checkpoint and makes it visible, in the background.
+
+        `dcp.save` returns when all ranks have written their files, or raises on all of them: the coordinator, which is
+        the main rank, hears from each rank before it writes the metadata, and each waits for its word
+        (`_DistWrapper.all_reduce` in torch 2.11 to 2.13). So nothing is left to agree on before it is made visible.
+        """
+        aside = self._aside(state.step)
+        dcp.save(copy, checkpoint_id=aside, no_dist=self._group is None, process_group=self._group)
+        if not self.ranks.is_main:
+            return
+        with (aside / STATE_FILE).open("w", encoding="utf-8") as file:
+            json.dump(asdict(state), file)
+            file.flush()
+            os.fsync(file.fileno())  # as the other files are: whole also when the power goes after the renaming
+        aside.rename(self._final(state.step))
         for old in list_checkpoints(self.folder)[: -self.keep_last]:
-            shutil.rmtree(old)
+            doomed = self._aside(int(old.name.removeprefix("step-")))
+            old.rename(doomed)  # else a kill would leave a part of it where whole ones are
+            shutil.rmtree(doomed)
+
+    def _final(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     def _aside(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.tmp"
@@ -126,7 +143,7 @@ class Checkpointer:
         if self.ranks.is_main:
             shutil.rmtree(self._aside(step), ignore_errors=True)
         return OSError(
-            f"the checkpoint {self.folder / f'step-{step:08d}'} could not be written ({error}): earlier "
+            f"the checkpoint {self._final(step)} could not be written ({error}): earlier "
             "checkpoints are intact; make room and run the same command to go on"
         )
 
@@ -137,17 +154,38 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_state(checkpoint: Path) -> RunState:
-    """Reads where the run stood."""
-    fields: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    return RunState(**fields)
+    """Reads where the run stood.
+
+    Raises:
+        ValueError: the checkpoint was changed after it was written.
+    """
+    try:
+        return RunState(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise _damaged(checkpoint, error) from error
 
 
 def load_checkpoint(checkpoint: Path, model: SmolTolkForCausalLM, optimizer: Optimizer, *, with_moments: bool) -> None:
-    """Loads weights, and the optimizer's moments if wanted, in place."""
+    """Loads weights, and the optimizer's moments if wanted, in place.
+
+    Raises:
+        ValueError: the checkpoint was changed after it was written.
+    """
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments} if with_moments else {"model": weights}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
+    try:
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
+    except dcp.api.CheckpointException as failure:
+        causes = "; ".join(str(cause) for cause, _ in failure.failures.values())
+        raise _damaged(checkpoint, causes) from failure
     if with_moments:
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     else:
         set_model_state_dict(model, weights)
+
+
+def _damaged(checkpoint: Path, error: object) -> ValueError:
+    return ValueError(
+        f"the checkpoint {checkpoint} is not as it was written ({error}): remove it, and the run goes on from the one "
+        "before"
+    )

@@ -50,6 +50,14 @@ class Ranks:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has for this value."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def leave(self) -> None:
         """Ends the work together."""
         if self.size > 1 and dist.is_initialized():

@@ -8,9 +8,10 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoTokenizer
 
@@ -86,7 +87,9 @@ class Trainer:
         Raises:
             TrainingStopped: Ctrl-C or SIGTERM; a checkpoint was saved first.
             FloatingPointError: too many steps had a loss or gradient that was not finite.
-            OSError: a checkpoint could not be written.
+            OSError: a checkpoint or the metrics could not be written, or a process that draws batches died; of several
+                ranks all stop, with the last checkpoint intact.
+            ValueError: a file of a store is gone or was changed; a checkpoint was saved first.
         """
         with lock(self.output) if self.ranks.is_main else nullcontext(), stop_requests() as stop:
             folder = self._run(stop)
@@ -104,18 +107,26 @@ class Trainer:
                 if step_of_stage == 0:
                     optimizer = self._begin_stage(index)
                 started, tokens, flops = time.perf_counter(), state.tokens, state.flops
-                metrics = self._step(state, next(batches), optimizer, index, step_of_stage)
+                batch = self._draw(batches, state, optimizer)
+                metrics = self._step(state, batch, optimizer, index, step_of_stage)
                 metrics["seconds"] = time.perf_counter() - started
                 metrics |= self._speed(state.tokens - tokens, state.flops - flops, metrics["seconds"])
                 state.seconds += metrics["seconds"]
                 is_stage_end = step_of_stage == stage.steps - 1
                 if is_stage_end or state.step % self.recipe.validation.every_steps == 0:
                     metrics |= self._validate(state)
-                report(metrics)
+                fault = None
+                try:
+                    report(metrics)
+                except OSError as error:
+                    fault = self._unwritten(self.output / METRICS_FILE, error)
                 if self.on_step is not None:
                     self.on_step(metrics)
-                self._checkpointer.finish_if_done()
-                [stops] = self.ranks.sum(stop.is_requested)  # a signal need not reach all ranks in the same step
+                # A signal need not reach all ranks in the same step, nor need all find that they cannot write.
+                stops, faults = self.ranks.sum(stop.is_requested, fault is not None or self._checkpointer.has_failed)
+                if faults:
+                    self._checkpointer.wait()
+                    self._raise_together(fault)  # unsaved: the step's line is lost, so the step is to be done again
                 if is_stage_end or stops or state.step % self.recipe.checkpoint.every_steps == 0:
                     self._checkpointer.save(state, self.model, optimizer)
                 if stops and state.step < self.recipe.num_steps:
@@ -126,6 +137,35 @@ class Trainer:
                     )
         self._checkpointer.wait()
         return self._export(state)
+
+    def _draw(self, batches: Iterator[Batch], state: RunState, optimizer: torch.optim.Optimizer) -> Batch:
+        """The next batch; if a rank cannot have it, all save and stop."""
+        batch = fault = None
+        try:
+            batch = next(batches)
+        except (OSError, ValueError) as error:
+            fault = error
+        [faults] = self.ranks.sum(fault is not None)
+        if faults and state.step:
+            self._checkpointer.save(state, self.model, optimizer)
+            self._checkpointer.wait()
+        if faults:
+            self._raise_together(fault)
+        assert batch is not None
+        return batch
+
+    def _raise_together(self, fault: Exception | None) -> NoReturn:
+        """Stops all ranks for the fault of some of them."""
+        found = self.ranks.gather(fault and str(fault))
+        if fault is not None:
+            raise fault
+        raise OSError("; ".join(f"rank {rank} has stopped: {message}" for rank, message in enumerate(found) if message))
+
+    def _unwritten(self, path: Path, error: Exception) -> OSError:
+        return OSError(
+            f"{path} could not be written ({error}): checkpoints are intact; make room and run the same command to "
+            "go on"
+        )
 
     # ---- making things from the recipe
 
@@ -233,6 +273,7 @@ class Trainer:
 
     def _start(self) -> tuple[RunState, torch.optim.Optimizer]:
         """The state and optimizer to go on from: the last checkpoint's, or new ones."""
+        self._checkpointer.remove_leftovers()
         checkpoints = list_checkpoints(self._checkpointer.folder)
         last = self.ranks.share(checkpoints[-1] if checkpoints else None)
         state = RunState(0, self.recipe.fingerprint) if last is None else load_state(last)
@@ -253,7 +294,7 @@ class Trainer:
 
     def _export(self, state: RunState) -> Path:
         """The trained model with its tokenizers and vocoder in one folder, replaced as a whole."""
-        final, aside = self.output / MODEL_FOLDER, self.output / f".{MODEL_FOLDER}.tmp"
+        final = self.output / MODEL_FOLDER
         record = {
             "recipe": self.recipe.model_dump(mode="json"),
             "tokens": state.tokens,
@@ -263,10 +304,21 @@ class Trainer:
             "validation_losses": self._validation_losses(),
         }
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if not self.ranks.is_main:
-            self.ranks.share(None)
-            return final
-        shutil.rmtree(aside, ignore_errors=True)
+        fault = None
+        if self.ranks.is_main:
+            try:
+                self._write_model(final, weights, record)
+            except (OSError, SafetensorError) as error:
+                fault = self._unwritten(final, error)
+        [faults] = self.ranks.sum(fault is not None)  # the others wait until the folder is there
+        if faults:
+            self._raise_together(fault)
+        return final
+
+    def _write_model(self, final: Path, weights: dict[str, Any], record: dict[str, Any]) -> None:
+        aside, before = (final.with_name(f".{final.name}.{kind}") for kind in ("tmp", "old"))
+        for leftover in (aside, before):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             tied = self.model.all_tied_weights_keys  # gathered weights don't share memory
             plain = merged(self.model, {n: w for n, w in weights.items() if n not in tied})
@@ -276,12 +328,12 @@ class Trainer:
                 if source := getattr(self.recipe, name):
                     shutil.copytree(source, aside / name)
             (aside / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                final.rename(before)
             aside.rename(final)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.ranks.share(None)  # the others wait until the folder is there
-        return final
+            for leftover in (aside, before):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _validation_losses(self) -> list[dict[str, float | None]]:
         """Loss of each task at the end of each stage, as the metrics have it."""
@@ -378,14 +430,26 @@ class Trainer:
             )
 
     def _count_skipped(self, state: RunState, source: BatchSource, batch: Batch) -> None:
+        """Counts a step that was not finite, on all ranks alike; too many stop them."""
         state.skipped_steps += 1
         if state.skipped_steps > self.recipe.max_skipped_steps:
-            samples = sorted({sample for row in source.sample_ids(batch) for sample in row})
+            found = self.ranks.gather((self._samples_not_finite(source, batch), source.sample_ids(batch)))
+            guilty = {sample for rows, _ in found for row in rows for sample in row}
+            samples = guilty or {sample for _, rows in found for row in rows for sample in row}
+            where = "rows whose loss was not finite" if guilty else "batch, whose gradient was not finite,"
             raise FloatingPointError(
                 f"{state.skipped_steps} steps had a loss or gradient that was not finite, more than "
-                f"max_skipped_steps {self.recipe.max_skipped_steps}; at step {state.step} the batch held the "
-                f"utterances {', '.join(samples[:20])}: look at them, or lower the learning rate"
+                f"max_skipped_steps {self.recipe.max_skipped_steps}; at step {state.step} the {where} held the "
+                f"utterances {', '.join(sorted(samples)[:20])}: look at them, or lower the learning rate"
             )
+
+    @torch.no_grad()
+    def _samples_not_finite(self, source: BatchSource, batch: Batch) -> list[list[str]]:
+        """Names of the utterances in the rows of a batch that alone have a loss that is not finite."""
+        rows = [batch.select(slice(row, row + 1)) for row in range(len(batch))]
+        losses = [self._forward(row).loss.item() for row in rows]  # sharded ranks gather weights together: as many each
+        reshard(self.model)
+        return [source.sample_ids(row)[0] for row, loss in zip(rows, losses, strict=True) if finite(loss) is None]
 
     @torch.no_grad()
     def _validate(self, state: RunState) -> dict[str, Any]:
@@ -442,11 +506,14 @@ class StopRequests:
     """Whether somebody asked to stop."""
 
     is_requested = False
+    _is_interrupted = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """Hears a signal."""
-        if self.is_requested:
-            raise KeyboardInterrupt  # asked twice: stop at once, from the last checkpoint
+        if signum == signal.SIGINT:  # one Ctrl-C after another; SIGTERM may come from SLURM and from torchrun
+            if self._is_interrupted:
+                raise KeyboardInterrupt  # at once, from the last checkpoint
+            self._is_interrupted = True
         self.is_requested = True
 
 
