@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 import torch
-from benchmarks import batches, generate, prepare, profile_step, tokenize_speech, train_step
+from benchmarks import batches, generate, kill_training, prepare, profile_step, soak, tokenize_speech, train_step
 from benchmarks.reference import ReferenceModel
 from benchmarks.workload import EARLY_FUSION, interleaved_rows
 from tests.conftest import mixed_ids, tiny_model
@@ -122,3 +122,17 @@ def test_the_benchmark_of_prepare_has_a_row_for_each_length_and_rate(capsys):
     text = capsys.readouterr().out
     assert table_rows(text) == [*("file", "1 s", "2 s", "1 s", "2 s")] * 2
     assert "× real time per core" in text
+
+
+def test_the_soak_reports_the_memory_of_both_kinds_of_processes(capsys, tmp_path):
+    soak.main(["--minutes", "0.01", "--sample-s", "0", "--every", "3", "--folder", str(tmp_path)])
+    assert table_rows(capsys.readouterr().out) == ["process", "trainer", "loader processes"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_kills_finds_the_run_without_kills(capsys, tmp_path):
+    kill_training.main(["--kills", "2", "--export-kills", "1", "--steps", "30", "--folder", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "curve and weights are those of the run without kills, to the last bit" in text
+    assert table_rows(text)[0] == "killed while"

@@ -1,9 +1,12 @@
 """The store: round trip, and every way in which one can be broken."""
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import resource
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -355,3 +358,18 @@ def test_a_full_disk_leaves_nothing_half_written_and_names_the_path(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.filename == str(tmp_path / "store" / "shard-00000.parquet")
     assert [path.name for path in (tmp_path / "store").iterdir()] == [".lock"]
+
+
+def test_a_forked_process_that_outlives_its_parent_does_not_hold_its_lock(tmp_path):
+    with contextlib.ExitStack() as parent:
+        parent.enter_context(lock(tmp_path))
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        with pytest.raises(ValueError, match="is being written by another process"), lock(tmp_path):
+            pass
+    try:
+        with lock(tmp_path):  # the parent has let go; had the child the file too, it would hold on
+            assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()

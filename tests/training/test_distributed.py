@@ -271,6 +271,7 @@ FAULTS = [  # the fault; how both ranks end; the last checkpoint then
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "ends", "last"), FAULTS, ids=[fault.__name__ for fault, *_ in FAULTS])
 def test_a_fault_of_one_rank_stops_both_and_the_next_start_goes_on(
     processes, whole_run, tiny_world, tmp_path, fault, ends, last

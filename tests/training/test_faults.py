@@ -267,8 +267,8 @@ def test_rows_without_a_finite_loss_are_found(tiny_world, tmp_path, monkeypatch)
     names = {name for row, bad in zip(source.sample_ids(batch), is_bad, strict=True) if bad for name in row}
     forward = Trainer._forward
 
-    def poisoned(trainer, batch, num_labels=None):
-        output = forward(trainer, batch, num_labels)
+    def poisoned(trainer, batch, *arguments):
+        output = forward(trainer, batch, *arguments)
         if (batch.input_ids == bad).any():
             output.loss = output.loss * float("nan")
         return output
