@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.progress import Progress
 
 from smoltolk.analysis.abstraction import NUM_FOLDS, dimension_curve, probe_curve
@@ -231,7 +232,7 @@ class Comparison:
 
 def as_lists(values: np.ndarray) -> list[Any]:
     """An array as nested lists with None for what is not a number."""
-    return np.where(np.isfinite(values), values.astype(object), None).tolist()
+    return np.where(np.isfinite(values), values.astype(object), np.array(None)).tolist()
 
 
 def mean_json(mean: Mean) -> dict[str, Any]:
@@ -344,7 +345,8 @@ def analyze_model(
             word times, or the model's states are not finite.
     """
     say = progress or (lambda what, share: None)
-    model: SmolTolkForCausalLM = SmolTolkForCausalLM.from_pretrained(subject.folder).to(device).eval()
+    model: SmolTolkForCausalLM = SmolTolkForCausalLM.from_pretrained(subject.folder)
+    model.to(torch.device(device)).eval()  # type: ignore[arg-type]  # transformers' `to` is wrapped
     store = Store(subject.store)
     check_fits(model, store, subject)
     pieces = draw_pieces(
@@ -363,9 +365,13 @@ def analyze_model(
     states: dict[str, States] = {}
     try:
         for modality, is_speech in MODALITIES.items():
-            read = {"is_speech": is_speech, "batch_size": batch_size}
             states[modality] = read_states(
-                model, pieces, words, progress=lambda done: say("reading", 0.15 * done / len(pieces)), **read
+                model,
+                pieces,
+                words,
+                is_speech=is_speech,
+                batch_size=batch_size,
+                progress=lambda done: say("reading", 0.15 * done / len(pieces)),
             )
     except ValueError as error:
         raise ValueError(f"{subject.name} ({subject.folder}): {error}") from error

@@ -157,7 +157,7 @@ def _map_picture(comparison: Comparison, name: str) -> str:
     panels = figure.subplots(1, max(2, len(comparison.found)), squeeze=False)[0]
     for panel in panels[len(comparison.found) :]:
         panel.set_visible(False)
-    image = None
+    images = []
     for panel, (variant, found) in zip(panels, comparison.found.items(), strict=False):
         values = found[0].maps[name]
         if name == "selector_by_unit":
@@ -168,9 +168,11 @@ def _map_picture(comparison: Comparison, name: str) -> str:
         first = 0 if name == "cka_between_levels" else 1
         height, width = values.shape
         extent = (first - 0.5, first + width - 0.5, -0.5, height - 0.5)
-        image = panel.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=1, extent=extent, cmap="viridis")
+        images.append(
+            panel.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=1, extent=extent, cmap="viridis")
+        )
         panel.set_title(variant, fontsize=10)
         panel.set_xlabel(across)
     panels[0].set_ylabel(down)
-    figure.colorbar(image, ax=list(panels[: len(comparison.found)]))
+    figure.colorbar(images[0], ax=list(panels[: len(comparison.found)]))
     return data_uri(figure)
