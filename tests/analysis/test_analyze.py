@@ -24,7 +24,7 @@ OPTIONS += ["--text-words", "2", "4", "--speech-words", "2", "4"]
 
 
 def save(folder, seed=0, **settings):
-    settings = {"lm_config": tiny_lm_config(max_position_embeddings=64)} | settings  # short rows for the selector
+    settings = {"lm_config": tiny_lm_config(max_position_embeddings=64, num_hidden_layers=2)} | settings  # quick
     model = tiny_model(seed, speech_tokenizer=SPEECH_CARD, text_tokenizer_fingerprint="text", **settings)
     model.save_pretrained(folder)
     return folder
@@ -105,7 +105,7 @@ def test_the_command_compares_seeds_and_goes_on_where_it_was(world, tmp_path, ca
     assert "early − late" in written
     found = json.loads((tmp_path / "page.json").read_bytes())
     assert set(found["means"]["late"]) == {quantity for quantities in SECTIONS.values() for quantity in quantities}
-    assert found["means"]["early"]["selector"]["value"] == [0, 0, 1]
+    assert found["means"]["early"]["selector"]["value"] == [0, 1]
     for quantity, mean in found["means"]["late"].items():
         assert mean["num_seeds"] == 2
         one, other = (np.array(m["curves"][quantity]["value"], float) for m in found["models"]["late"])
@@ -160,8 +160,8 @@ def test_what_does_not_fit_together_is_refused(world, tmp_path):
     tiny_model(lm_config=narrow).save_pretrained(other)
     with pytest.raises(ValueError, match=r"dimensions is 4, but the levels of .* have 4: give fewer"):
         analyze_model(Subject("other", other, store), SETTINGS)
-    shallow = save(tmp_path / "shallow", lm_config=tiny_lm_config(num_hidden_layers=2))
-    with pytest.raises(ValueError, match="of the name 'late' have 3 and 4 levels and are no seeds of one variant"):
+    shallow = save(tmp_path / "shallow", lm_config=tiny_lm_config(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="of the name 'late' have 2 and 3 levels and are no seeds of one variant"):
         compare([subject, Subject("late", shallow, store)], SETTINGS, tmp_path, progress=False)
 
 
