@@ -21,12 +21,16 @@ class LayerWeights:
         after_switch: by how many units have been read since the switch to speech (MAX_AFTER_SWITCH,
             num_layers).
         num_positions: number of positions in `speech`.
+        by_batch: sum over these positions in each batch (batches, num_layers).
+        batch_positions: how many of them are in each batch (batches,).
     """
 
     speech: np.ndarray
     by_unit: np.ndarray
     after_switch: np.ndarray
     num_positions: int
+    by_batch: np.ndarray
+    batch_positions: np.ndarray
 
 
 @torch.no_grad()
@@ -44,12 +48,14 @@ def layer_weights(model: SmolTolkForCausalLM, batches: Sequence[torch.Tensor]) -
     unit_counts = np.zeros(ids.num_units + 1)
     after = np.zeros((MAX_AFTER_SWITCH, num_layers))
     after_counts = np.zeros(MAX_AFTER_SWITCH)
-    for input_ids in batches:
+    by_batch, batch_positions = np.zeros((len(batches), num_layers)), np.zeros(len(batches), dtype=int)
+    for i, input_ids in enumerate(batches):
         weights = model(input_ids.to(model.device), return_logits=False).layer_weights[:, :-1].cpu().numpy()
         target = input_ids[:, 1:].numpy() - ids.speech_offset
         is_speech = (target >= 0) & (target <= ids.num_units)
         np.add.at(by_unit, target[is_speech], weights[is_speech])
         np.add.at(unit_counts, target[is_speech], 1)
+        by_batch[i], batch_positions[i] = weights[is_speech].sum(0, dtype=float), is_speech.sum()
         distance = since_switch(input_ids.numpy(), ids.switch_id)[:, :-1]
         chosen = is_speech & (distance >= 0) & (distance < MAX_AFTER_SWITCH)
         np.add.at(after, distance[chosen], weights[chosen])
@@ -60,6 +66,8 @@ def layer_weights(model: SmolTolkForCausalLM, batches: Sequence[torch.Tensor]) -
             by_unit=by_unit / unit_counts[:, None],
             after_switch=after / after_counts[:, None],
             num_positions=int(unit_counts.sum()),
+            by_batch=by_batch,
+            batch_positions=batch_positions,
         )
 
 

@@ -46,6 +46,30 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--device", default="cpu")
     evaluate.set_defaults(run=_evaluate, resume_hint="stopped; no result was written")
 
+    analyze = commands.add_parser("analyze", help="look into models: layer selector, shared space, abstraction, lens")
+    analyze.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="FOLDER, NAME=FOLDER or NAME=FOLDER@STORE; a NAME given again is another seed, the first is the baseline",
+    )
+    analyze.add_argument("--store", type=Path, help="utterances with text, speech and word times, for all models")
+    analyze.add_argument("--output", type=Path, default=Path("analysis.html"), help="HTML page; JSON beside it")
+    analyze.add_argument("--utterances", type=int, default=200)
+    analyze.add_argument("--words-per-piece", type=int, help="cut utterances every so many words; default: not at all")
+    analyze.add_argument("--max-words", type=int, default=2000, help="most words whose states are kept")
+    analyze.add_argument("--dimensions", type=int, default=10, help="of the subspaces that are compared")
+    analyze.add_argument("--probe-words", type=int, default=50, help="different words the probe tells apart")
+    spans = {"type": int, "nargs": 2, "metavar": ("FEWEST", "MOST")}
+    analyze.add_argument("--text-words", default=(10, 31), help="text runs in the selector's rows", **spans)
+    analyze.add_argument("--speech-words", default=(5, 16), help="speech runs in the selector's rows", **spans)
+    analyze.add_argument("--split", default="validation")
+    analyze.add_argument("--seed", type=int, default=0)
+    analyze.add_argument("--batch-size", type=int, default=16)
+    analyze.add_argument("--device", default="cpu")
+    analyze.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    analyze.set_defaults(run=_analyze)
+
     generate = commands.add_parser("generate", help="continue a prompt of text and audio")
     generate.add_argument("model", type=Path, help="folder of a trained model")
     generate.add_argument("--text", dest="prompt", action=_PromptPart, help="a part of the prompt; in order")
@@ -176,6 +200,32 @@ def _evaluate(options: argparse.Namespace) -> None:
             table.add_row(pair, kind, str(a.n), *row)
     Console().print(table)
     print(path)
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from smoltolk.analysis.analyze import AnalysisSettings, Subject, compare
+    from smoltolk.analysis.page import write_page
+
+    settings = AnalysisSettings(
+        utterances=options.utterances,
+        words_per_piece=options.words_per_piece,
+        max_words=options.max_words,
+        dimensions=options.dimensions,
+        probe_words=options.probe_words,
+        text_words=tuple(options.text_words),
+        speech_words=tuple(options.speech_words),
+        split=options.split,
+        seed=options.seed,
+    )
+    comparison = compare(
+        [Subject.parse(model, options.store) for model in options.models],
+        settings,
+        options.output.with_suffix(".models"),
+        device=options.device,
+        batch_size=options.batch_size,
+        progress=not options.no_progress,
+    )
+    print(write_page(comparison, options.output))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -1,6 +1,5 @@
 """Results with their number of items, error bars, protocol and checkpoint."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from smoltolk.model.fingerprint import checkpoint_fingerprint as checkpoint_fingerprint
 from smoltolk.speech.audio import write_atomically
 
 NUM_BOOTSTRAP = 2000
@@ -165,14 +165,3 @@ def bootstrap(values: np.ndarray, groups: Iterable[str], seed: int = 0) -> tuple
     means = sums[draws].sum(1) / counts[draws].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def checkpoint_fingerprint(folder: Path) -> str:
-    """Hash of a model folder's configuration and weights."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -258,8 +258,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         self.output_adapter = Adapter(self.body, config.adapter_config(), num_layers, num_out)
         self.output_norm = None
         if config.output_adapter_norm:
-            final_norm = getattr(self.body, "norm", None) or self.body.final_layer_norm
-            self.output_norm = type(final_norm)(config.hidden_size)
+            self.output_norm = type(self.final_norm)(config.hidden_size)
         self.unit_head = None  # tied to the unit embeddings
         if not config.tie_speech_embeddings:
             self.unit_head = nn.Linear(config.hidden_size, self.ids.num_speech_tokens, bias=False)
@@ -310,6 +309,11 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
     def body(self) -> Any:
         """The text backbone without its head."""
         return self.lm.base_model
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the backbone's last layer and the text head; the level h^L comes after it."""
+        return getattr(self.body, "norm", None) or self.body.final_layer_norm
 
     def get_input_embeddings(self) -> nn.Module:
         """The text embeddings."""
@@ -489,7 +493,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             losses = self._losses(last, speech, targets, rows)
             loss = self._loss(losses, layer_weights, is_real, num_items_in_batch)
             if more_loss is not None:
-                loss = loss + more_loss(levels, self._text_head)
+                loss = loss + more_loss(levels, self.text_head)
             text_loss, speech_loss = losses.text / losses.num_text, losses.speech / losses.num_units
             token_losses = losses.tokens if return_token_losses else None
         if wants_logits:
@@ -635,14 +639,15 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _logits(self, last: Tensor, speech: Tensor, input_ids: Tensor) -> Tensor:
         """Both heads side by side in the one id space, (batch, kept, vocab_size)."""
-        text_logits, speech_logits = self._text_head(last), self._speech_head(speech)
+        text_logits, speech_logits = self.text_head(last), self._speech_head(speech)
         control = text_logits.new_full((*text_logits.shape[:-1], 3), float("-inf"))
         if self.config.predict_switch:
             spoken = self._switch_score(speech, input_ids >= self.ids.speech_offset)
             control[..., 2] = torch.maximum(self._switch_score(last, input_ids < self.ids.text_vocab_size), spoken)
         return torch.cat([text_logits, control, speech_logits.to(text_logits.dtype)], dim=-1)
 
-    def _text_head(self, last: Tensor) -> Tensor:
+    def text_head(self, last: Tensor) -> Tensor:
+        """Scores of the text tokens, (…, dim) → (…, V_text), of hidden states that went through the final norm."""
         logits = self.lm.get_output_embeddings()(last) * self.logits_scale
         return logits if self.logits_cap is None else self.logits_cap * torch.tanh(logits / self.logits_cap)
 

@@ -1,11 +1,10 @@
 """Curves of several runs side by side, in one HTML page."""
 
-import base64
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smoltolk.pictures import colours, data_uri
 from smoltolk.speech.audio import write_atomically
 from smoltolk.training.watching import METRICS_FILE, read_metrics
 
@@ -28,7 +27,6 @@ PICTURES = {
 LEVELS = "Mean weight of each level where a unit is predicted, at the last validation"
 _SMOOTHED = frozenset({"loss", "text_loss", "speech_loss", "speech_grad_norm", "text_grad_norm", "tokens_per_s", "mfu"})
 _LINES = 40  # a smoothed curve has about so many independent points
-_COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e08e0b", "#7a52a3", "#5f6b6d", "#a0522d", "#008b8b")
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
@@ -57,7 +55,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
             continue
         figure = Figure(figsize=(4.6 * len(found), 3.2), layout="constrained")
         for axes, name in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-            for colour, (run, lines) in zip(_colours(), read.items(), strict=False):
+            for colour, (run, lines) in zip(colours(), read.items(), strict=False):
                 points = [(line["tokens"], line[name]) for line in lines if line.get(name) is not None]
                 if points:
                     tokens, values = zip(*points, strict=True)
@@ -67,18 +65,18 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
             axes.set_xlabel("tokens")
             axes.spines[["top", "right"]].set_visible(False)
         figure.axes[0].legend(fontsize=8)
-        pictures.append((title, _data_uri(figure)))
+        pictures.append((title, data_uri(figure)))
     levels = {run: _last(lines, "layer_weights") for run, lines in read.items()}
     if any(levels.values()):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.subplots()
-        for colour, (run, weights) in zip(_colours(), levels.items(), strict=False):
+        for colour, (run, weights) in zip(colours(), levels.items(), strict=False):
             if weights:
                 axes.plot(range(1, len(weights) + 1), weights, "o-", label=run, color=colour, markersize=3)
         axes.set_xlabel("level")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8)
-        pictures.append((LEVELS, _data_uri(figure)))
+        pictures.append((LEVELS, data_uri(figure)))
     page = Environment(loader=PackageLoader("smoltolk", "training"), autoescape=True).get_template("report.html")
     rows = [(run, summary(lines)) for run, lines in read.items()]
     output = Path(output)
@@ -147,14 +145,3 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def _last(lines: Sequence[dict[str, Any]], name: str) -> Any:
     return next((line[name] for line in reversed(lines) if line.get(name) is not None), None)
-
-
-def _colours() -> Iterable[str]:
-    while True:
-        yield from _COLOURS
-
-
-def _data_uri(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
