@@ -9,7 +9,7 @@ from tests.conftest import NUM_UNITS, SPEECH_CARD, TEXT_VOCAB, tiny_lm_config, t
 
 from smoltolk.evaluation.protocols import AUTHORS_CROSS_MODAL
 from smoltolk.evaluation.results import checkpoint_fingerprint
-from smoltolk.evaluation.tasks import PAIRS, ClozeItem, evaluate_cloze, load_cloze, make_candidate, save_cloze
+from smoltolk.evaluation.tasks import PAIRS, ClozeItem, evaluate_cloze, load_cloze, save_cloze
 from smoltolk.speech.audio import AudioError, save_wav
 
 

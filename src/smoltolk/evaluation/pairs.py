@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,8 @@ def _fit(item: PairItem, model: SmolTolkForCausalLM, protocol: Protocol, setting
             f"item {_name(item)} has {max(lengths)} tokens, more than the model's {longest} positions, and a prompt of "
             f"{shortest_prompt} to cut from: leave the item out"
         )
-    cut = [Candidate(c.prompt[too_many:], c.continuation) for c in (item.positive, item.negative)]
-    return PairItem(item.id, *cut, item.labels, item.couple, item.content)
+    positive, negative = (Candidate(c.prompt[too_many:], c.continuation) for c in (item.positive, item.negative))
+    return replace(item, positive=positive, negative=negative)
 
 
 def _name(item: PairItem) -> str:

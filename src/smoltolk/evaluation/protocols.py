@@ -91,9 +91,7 @@ SLAMKIT = Protocol("slamkit", span="sequence", start="own-end", end="speech", sc
 # they like: the challenge itself fixes the averages and ties alone.
 ZRC = Protocol("zrc", span="sequence", start="own-end", end="own", length_norm="sum")
 SALMON = Protocol("salmon", span="sequence-but-first", length_norm="sum")
-PROTOCOLS = {
-    protocol.name: protocol for protocol in (CONTINUATION, AUTHORS, AUTHORS_CROSS_MODAL, SLAMKIT, ZRC, SALMON)
-}
+PROTOCOLS = {protocol.name: protocol for protocol in (CONTINUATION, AUTHORS, AUTHORS_CROSS_MODAL, SLAMKIT, ZRC, SALMON)}
 
 
 def find_protocol(name: str) -> Protocol:

@@ -190,7 +190,7 @@ def cloze_task(
                     prefix = _prefix(items, number, protocol, model.ids, encode_text)
                     both = [Candidate(np.concatenate([prefix, c.prompt]), c.continuation) for c in both]
                 labels = {"pair": pair, "kind": item.kind}
-                yield PairItem(item.id, *both, labels, item.couple, _content(item))
+                yield PairItem(item.id, both[0], both[1], labels, item.couple, _content(item))
 
     kinds = sorted({item.kind for item in items})
     averages = [Average(pair, kind, {"pair": pair, "kind": kind}) for pair in pairs for kind in kinds]
