@@ -1,6 +1,7 @@
 """Cloze items, and their task in all modality pairs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ from tests.conftest import NUM_UNITS, SPEECH_CARD, TEXT_VOCAB, tiny_lm_config, t
 
 from smoltolk.evaluation.protocols import AUTHORS_CROSS_MODAL
 from smoltolk.evaluation.results import checkpoint_fingerprint
-from smoltolk.evaluation.tasks import PAIRS, ClozeItem, evaluate_cloze, load_cloze, save_cloze
+from smoltolk.evaluation.tasks import PAIRS, ClozeItem, cloze_task, evaluate_cloze, load_cloze, save_cloze
 from smoltolk.speech.audio import AudioError, save_wav
 
 
@@ -50,6 +51,77 @@ def test_a_result_is_written_with_protocol_checkpoint_and_every_item(model, tmp_
             ]
             assert record["accuracy"][pair][kind]["n"] == len(credit) == 3
             assert record["accuracy"][pair][kind]["accuracy"] == pytest.approx(np.mean(credit))
+
+
+def test_all_pairs_of_an_item_share_its_two_prompts(model, monkeypatch):
+    rng = np.random.default_rng(0)
+    texts, units = (
+        [" ".join(map(str, rng.integers(1, TEXT_VOCAB, 20))) for _ in "ptf"],
+        rng.integers(NUM_UNITS, size=20),
+    )
+    item = ClozeItem("a", "story", "a", *texts, units, units[:5], units[5:9])
+    rows = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, *a, **k: rows.append(tuple(ids.shape)) or forward(ids, *a, **k))
+    evaluate_cloze(model, [item], encode_text)
+    assert rows == [(2, 20), (8, 22)]  # two prompts; eight endings after their last token and a switch
+
+
+def test_text_before_speech_prompts_is_in_s_to_t_alone_and_the_same_for_both_endings(model):
+    some = items()
+    protocol = replace(AUTHORS_CROSS_MODAL, num_prefix_tokens=3)
+    plain = list(cloze_task(model, some, encode_text).items)
+    changed = list(cloze_task(model, some, encode_text, protocol=protocol).items)
+    for before, after in zip(plain, changed, strict=True):
+        for ours, theirs in ((after.positive, before.positive), (after.negative, before.negative)):
+            added = len(ours.prompt) - len(theirs.prompt)
+            assert added == (3 if before.labels["pair"] == "S→T" else 0)
+            np.testing.assert_array_equal(ours.prompt[added:], theirs.prompt)
+            np.testing.assert_array_equal(ours.continuation, theirs.continuation)
+        np.testing.assert_array_equal(after.positive.prompt, after.negative.prompt)
+        if before.labels["pair"] == "S→T":
+            assert after.positive.prompt[2] == model.ids.end_of_text_id
+            endings = [text for item in some if item.id != before.id for text in (item.true_text, item.false_text)]
+            assert any(encode_text(text)[-2:] == after.positive.prompt[:2].tolist() for text in endings)
+    seeds = [
+        [item.positive.prompt.tolist() for item in cloze_task(model, some, encode_text, protocol=p).items]
+        for p in (protocol, protocol, replace(protocol, prefix_seed=1))
+    ]
+    assert seeds[0] == seeds[1] != seeds[2]
+    with pytest.raises(ValueError, match="there is only one"):
+        list(cloze_task(model, some[:1], encode_text, protocol=protocol).items)
+
+
+def test_the_prefix_and_its_seed_are_in_the_result(model, tmp_path):
+    protocol = replace(AUTHORS_CROSS_MODAL, num_prefix_tokens=10, prefix_seed=4)
+    result = evaluate_cloze(model, items(), encode_text, protocol=protocol)
+    record = json.loads(result.save(tmp_path, items="i", checkpoint="c").read_text())
+    assert (record["knobs"]["num_prefix_tokens"], record["knobs"]["prefix_seed"]) == (10, 4)
+
+
+@pytest.mark.parametrize("part", ["prompt_text", "true_text"])
+def test_an_empty_text_is_named(model, part):
+    some = items()
+    some[1] = replace(some[1], **{part: ""})
+    with pytest.raises(ValueError, match=r"item i1: its prompt or (true|false) ending is empty in T→T"):
+        evaluate_cloze(model, some, encode_text, pairs=["T→T"])
+
+
+def test_items_are_the_same_whatever_the_tokenizer(model):
+    plain = evaluate_cloze(model, items(), encode_text)
+    other = evaluate_cloze(model, items(), lambda text: [1, *encode_text(text)])
+    changed = evaluate_cloze(model, items(seed=1), encode_text)
+    assert plain.items_fingerprint == other.items_fingerprint != changed.items_fingerprint
+    assert plain.tokens_fingerprint != other.tokens_fingerprint
+
+
+def test_a_model_that_does_not_know_the_units_is_refused():
+    model = tiny_model()
+    item = ClozeItem("a", "story", "a", "1", "2", "3", *[np.array([NUM_UNITS + 5])] * 3)
+    with pytest.raises(
+        ValueError, match=r"item a \(S→S, story\) has the ids .* or the model does not know this modality"
+    ):
+        evaluate_cloze(model, [item], encode_text, pairs=["S→S"])
 
 
 def test_items_round_trip_through_parquet(tmp_path):

@@ -102,7 +102,7 @@ def _difference(average: Average, ours: pa.Table, theirs: pa.Table) -> Differenc
     _, index = np.unique(couples, return_inverse=True)
     of_couples = np.bincount(index, weights * difference)
     p_value, test = paired_test(of_couples)
-    first, second = (float(weights @ credit) for credit in credits)
+    first, second = (float(weights @ credit / weights.sum()) for credit in credits)
     return Difference(
         group=average.group,
         name=average.name,

@@ -81,9 +81,9 @@ class Average:
         return chosen
 
     def weights(self, table: pa.Table) -> tuple[np.ndarray, int]:
-        """What each item of a table counts, (num_items,) with sum 1, and the number of groups averaged last.
+        """What each item of a table counts, (num_items,), and the number of innermost groups.
 
-        Means of means are means with such weights.
+        Means of means are means with such weights; those of the plain mean are 1.
         """
         weights = np.ones(len(table))
         outer = np.zeros(len(table), dtype=np.int64)  # the group of each item so far
@@ -94,8 +94,9 @@ class Average:
             parts = np.unique(np.stack([outer, inner]), axis=1)[0]  # outer group of each inner one
             weights /= np.bincount(parts)[outer]
             outer, num_groups = inner, len(parts)
-        weights /= np.bincount(outer)[outer]
-        return weights / weights.sum(), num_groups
+        if self.over:
+            weights /= np.bincount(outer)[outer]
+        return weights, num_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,7 @@ class TaskResult:
         chosen = average.chosen(self.table)
         table, credit = self.table.filter(pa.array(chosen)), self.credit[chosen]
         weights, n = average.weights(table)
-        mean = float(weights @ credit)
+        mean = float(weights @ credit / weights.sum())
         low, high = bootstrap(credit, table["couple"].to_pylist(), weights=weights)
         is_tie = table["positive_score"].to_numpy() == table["negative_score"].to_numpy()
         return Accuracy(
