@@ -211,7 +211,7 @@ def test_prompts_are_cut_only_when_asked_for_and_counted(tmp_path):
     assert cut == pytest.approx(expected, abs=1e-5)
     record = json.loads(result.save(tmp_path, items="i", checkpoint="c").read_text())
     assert (record["truncates_prompts"], record["num_truncated"]) == (True, 1)
-    with pytest.raises(ValueError, match="item long has 15 tokens.* and a prompt of 2 to cut from"):
+    with pytest.raises(ValueError, match=r"item long has 15 tokens.* and a prompt of 2 to cut from"):
         score_task(model, PairTask("t", [pair([1, 2], range(1, 14), [5])], []), settings=cuts)
 
 

@@ -76,11 +76,9 @@ def test_scores_are_the_log_likelihoods_of_what_the_protocol_scores(model, proto
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
-@pytest.mark.parametrize("predict_switch", [False, True])
-def test_shared_prompts_and_batches_change_no_score(protocol, predict_switch):
-    model = tiny_model(predict_switch=predict_switch)
+def test_shared_prompts_and_batches_change_no_score(model, protocol):
     some = candidates(model.ids, prompts=4, lowest=10)  # some are too short to be shared
-    protocol = replace(protocol, scores_switch=protocol.scores_switch and predict_switch, length_norm="mean")
+    protocol = replace(protocol, length_norm="mean")
     plain = score_candidates(model, some, protocol, PLAIN)
     for settings in (ScoringSettings(), ScoringSettings(batch_size=3), ScoringSettings(max_batch_tokens=100)):
         np.testing.assert_allclose(score_candidates(model, some, protocol, settings), plain, atol=1e-5)
