@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.conftest import NUM_UNITS, SPEECH_CARD, TEXT_VOCAB, tiny_lm_config, tiny_model
+from tests.conftest import NUM_UNITS, SPEECH_CARD, TEXT_VOCAB, tiny_lm_config, tiny_model, tiny_text_tokenizer
 
+from smoltolk import cli
+from smoltolk.evaluation import pairs
 from smoltolk.evaluation.protocols import AUTHORS_CROSS_MODAL
 from smoltolk.evaluation.results import checkpoint_fingerprint
 from smoltolk.evaluation.tasks import PAIRS, ClozeItem, cloze_task, evaluate_cloze, load_cloze, save_cloze
@@ -196,3 +198,35 @@ def test_the_checkpoint_fingerprint_changes_with_the_weights(tmp_path):
     tiny_model(seed=1).save_pretrained(tmp_path / "c")
     a, b, c = (checkpoint_fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
+
+
+def test_the_command_line_goes_on_where_it_was_stopped_and_guards_what_is_there(tmp_path, capsys, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_text_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"id": str(i), "prompt_text": "w1 w2", "true_text": f"w{i}", "false_text": "w5 w6"} for i in range(3)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "scores"
+    command = ["evaluate", *(str(tmp_path / name) for name in ("model", "items.jsonl")), "--output", str(output)]
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "score_candidates", stop)
+        assert cli.main(command) == 130
+    assert "run the same command to go on" in capsys.readouterr().err
+    assert cli.main([*command, "--protocol", "authors"]) == 1
+    assert "scores with protocol 'continuation-mean', not 'authors'" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert str(output / "result.json") in capsys.readouterr().out
+    before = (output / "result.json").read_bytes()
+    assert cli.main(command) == 0
+    assert (output / "result.json").read_bytes() == before
+    capsys.readouterr()
+    assert cli.main([*command, "--pairs", "S-T"]) == 1
+    assert "3 items lack text or units for S→T" in capsys.readouterr().err
+    assert cli.main([*command, "--autocast"]) == 1
+    assert "holds the result with precision 'float32'" in capsys.readouterr().err
+    command[-1] = str(tmp_path / "more")
+    assert cli.main([*command, "--prefix-tokens", "-1"]) == 1
+    assert "num_prefix_tokens is -1" in capsys.readouterr().err

@@ -172,10 +172,11 @@ def _plan(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from rich.progress import Progress
 
+    from smoltolk.evaluation.pairs import score_task
     from smoltolk.evaluation.protocols import find_protocol
     from smoltolk.evaluation.results import cells, checkpoint_fingerprint
     from smoltolk.evaluation.scoring import ScoringSettings
-    from smoltolk.evaluation.tasks import evaluate_cloze, load_cloze
+    from smoltolk.evaluation.tasks import cloze_task, load_cloze
     from smoltolk.generation.pipeline import SmolTolkPipeline
 
     protocol = replace(
@@ -189,19 +190,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
     items = load_cloze(options.items, pipeline.speech_tokenizer)
+    pairs = options.pairs and [pair.replace("-", "→") for pair in options.pairs]
+    task = cloze_task(pipeline.model, items, pipeline.text_ids, pairs=pairs, protocol=protocol)
     checkpoint = checkpoint_fingerprint(options.model)
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("sequences scored", total=None)
-        result = evaluate_cloze(
+        total = 2 * len(items) * len({average.group for average in task.averages})
+        scored = bar.add_task("sequences scored", total=total)
+        result = score_task(
             pipeline.model,
-            items,
-            pipeline.text_ids,
-            pairs=options.pairs and [pair.replace("-", "→") for pair in options.pairs],
+            task,
             protocol=protocol,
             settings=settings,
             folder=options.output,
             checkpoint=checkpoint,
-            progress=lambda count: bar.advance(task, count),
+            progress=lambda count: bar.advance(scored, count),
         )
     path = result.save(options.output, items=str(options.items), checkpoint=checkpoint)
     columns = ("pair", "kind", "n", "accuracy %", "standard error", "95 % interval", "ties")
