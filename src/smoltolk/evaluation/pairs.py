@@ -98,12 +98,13 @@ def score_task(
     """
     settings = settings or ScoringSettings()
     protocol = protocol.for_task(is_cloze=task.is_cloze)
+    precision = settings.precision(model)
     identity = {
         "task": task.name,
         "split": task.split,
         "protocol": protocol.name,
         "knobs": protocol.knobs(),
-        "precision": settings.precision(model),
+        "precision": precision,
         "truncates_prompts": settings.truncates_prompts,
         "chunk_items": settings.chunk_items,
         "checkpoint": checkpoint,
@@ -140,7 +141,7 @@ def score_task(
         task=task.name,
         split=task.split,
         protocol=protocol,
-        precision=identity["precision"],
+        precision=precision,
         truncates_prompts=settings.truncates_prompts,
         num_truncated=num_truncated,
         items_fingerprint=items_digest.hexdigest(),
