@@ -127,6 +127,16 @@ def test_batches_keep_to_their_sizes(model, monkeypatch):
         assert all(rows * length <= settings.max_batch_tokens for rows, length in shapes)
 
 
+def test_endings_of_unlike_length_are_not_padded_to_each_other(model, monkeypatch):
+    prompt, rng = np.arange(1, 21), np.random.default_rng(0)
+    some = [Candidate(prompt, rng.integers(1, TEXT_VOCAB, count)) for count in (3, 5, 60, 70)]
+    plain = score_candidates(model, some, AUTHORS, PLAIN)
+    shapes = []
+    monkeypatch.setattr(model, "forward", counted(model.forward, shapes))
+    np.testing.assert_allclose(score_candidates(model, some, AUTHORS), plain, atol=1e-5)
+    assert shapes == [(1, 21), (2, 6), (2, 71)]
+
+
 def test_a_backbone_with_a_window_has_the_same_scores():
     config = {key: value for key, value in tiny_lm_config().to_dict().items() if key != "model_type"}
     model = tiny_model(lm_config=MistralConfig(**config | {"sliding_window": 24}))

@@ -1,11 +1,13 @@
 """The one scorer: log-likelihoods of sequences under a protocol."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from smoltolk.evaluation.protocols import Candidate, Layout, Protocol, lay_out
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
@@ -181,21 +183,46 @@ def _score_shared(model: SmolTolkForCausalLM, groups: Sequence[Sequence[Layout]]
     of_prompts = -output.token_losses.double().sum(1).cpu()  # (groups,)
     cache = output.past_key_values
     cache.crop(-1)
-    row = torch.tensor([i for i, group in enumerate(groups) for _ in group])  # of each sequence's prompt
-    cache.batch_select_indices(row.to(device))
     members = [layout for group in groups for layout in group]
-    rest = [layout.ids[layout.num_shared - 1 :] for layout in members]
-    rest_ids, rest_mask, rest_labels = _rows(rest, [layout.is_scored[layout.num_shared - 1 :] for layout in members])
-    rest_labels[:, 0] = -100
-    whole_mask = torch.cat([mask[row, :-1], rest_mask], 1)
-    output = model(
-        rest_ids.to(device),
-        None if whole_mask.all() else whole_mask.to(device),
-        rest_labels.to(device),
-        past_key_values=cache,
-        return_token_losses=True,
-    )
-    return of_prompts[row] - output.token_losses.double().sum(1).cpu()
+    rows = [i for i, group in enumerate(groups) for _ in group]  # of each sequence's prompt
+    found = torch.zeros(len(members), dtype=torch.double)
+    for chosen in _of_like_length([len(layout.ids) - layout.num_shared for layout in members]):
+        row = torch.tensor([rows[i] for i in chosen])
+        rest = [members[i].ids[members[i].num_shared - 1 :] for i in chosen]
+        rest_ids, rest_mask, rest_labels = _rows(
+            rest, [members[i].is_scored[members[i].num_shared - 1 :] for i in chosen]
+        )
+        rest_labels[:, 0] = -100  # the prompt's last token is among the prompt's
+        whole_mask = torch.cat([mask[row, :-1], rest_mask], 1)
+        output = model(
+            rest_ids.to(device),
+            None if whole_mask.all() else whole_mask.to(device),
+            rest_labels.to(device),
+            past_key_values=_select(cache, row.to(device)),
+            return_token_losses=True,
+        )
+        found[chosen] = of_prompts[row] - output.token_losses.double().sum(1).cpu()
+    return found
+
+
+def _of_like_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in groups that padding at most doubles; what is shorter than 32 is one group."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    group: list[int] = []
+    for i in order:
+        if group and lengths[i] > max(32, 2 * lengths[group[0]]):
+            yield group
+            group = []
+        group.append(i)
+    yield group
+
+
+def _select(cache: Cache, row: Tensor) -> Cache:
+    """A cache of some rows, which may come more than once; the given one stays as it is."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(row)  # type: ignore[attr-defined]
+    return selected
 
 
 def _rows(
