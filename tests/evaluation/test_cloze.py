@@ -1,16 +1,18 @@
-"""The scorer and the cloze task against numbers worked out by hand."""
+"""Cloze items, and their task in all modality pairs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from tests.conftest import NUM_UNITS, SPEECH_CARD, TEXT_VOCAB, mixed_ids, tiny_lm_config, tiny_model
+from tests.conftest import NUM_UNITS, SPEECH_CARD, TEXT_VOCAB, tiny_lm_config, tiny_model, tiny_text_tokenizer
 
-from smoltolk.evaluation.results import PairResult, bootstrap, checkpoint_fingerprint
-from smoltolk.evaluation.scoring import AUTHORS_CROSS_MODAL, CONTINUATION, Candidate, Protocol, score_candidates
-from smoltolk.evaluation.tasks import PAIRS, ClozeItem, evaluate_cloze, load_cloze, make_candidate, save_cloze
+from smoltolk import cli
+from smoltolk.evaluation import pairs
+from smoltolk.evaluation.protocols import AUTHORS_CROSS_MODAL
+from smoltolk.evaluation.results import checkpoint_fingerprint
+from smoltolk.evaluation.tasks import PAIRS, ClozeItem, cloze_task, evaluate_cloze, load_cloze, save_cloze
 from smoltolk.speech.audio import AudioError, save_wav
 
 
@@ -35,79 +37,6 @@ def items(count=6, seed=0):
     ]
 
 
-def log_likelihoods(model, ids, start):
-    """Log-probability of each id from `start` on, over its own block, one forward per prefix."""
-    found = []
-    for t in range(start, len(ids)):
-        if ids[t] == model.ids.switch_id:  # never scored
-            continue
-        with torch.no_grad():
-            logits = model(torch.from_numpy(ids[None, :t])).logits[0, -1]
-        offset = model.ids.speech_offset
-        block, index = (logits[offset:], ids[t] - offset) if ids[t] >= offset else (logits[:TEXT_VOCAB], ids[t])
-        found.append(block.log_softmax(0)[index].item())
-    return found
-
-
-@pytest.mark.parametrize("norm", ["mean", "sum"])
-@pytest.mark.parametrize("span", ["continuation", "sequence"])
-def test_scores_are_the_log_likelihoods_of_the_span(model, span, norm):
-    protocol = Protocol("test", span=span, length_norm=norm, tie_credit=0.5)
-    candidates = []
-    for item in items():
-        for pair in PAIRS:
-            candidates.append(make_candidate(item, pair, "true", model.ids, encode_text))
-    scores = score_candidates(model, candidates, protocol, batch_size=5)
-    for candidate, score in zip(candidates, scores, strict=True):
-        start = candidate.start if span == "continuation" else 1
-        found = np.array(log_likelihoods(model, candidate.ids, start))
-        assert score == pytest.approx(found.mean() if norm == "mean" else found.sum(), abs=2e-4)
-
-
-def test_a_score_does_not_depend_on_the_batch(model):
-    rows = [mixed_ids(seed=s, ids=model.ids, batch=1, seq=n)[0].numpy() for s, n in enumerate((9, 30, 17, 22))]
-    candidates = [Candidate(row, 4) for row in rows]
-    together = score_candidates(model, candidates, CONTINUATION, batch_size=4)
-    alone = score_candidates(model, candidates, CONTINUATION, batch_size=1)
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_a_switch_stands_where_the_modality_changes_and_nowhere_else(model, pair):
-    item = items()[0]
-    candidate = make_candidate(item, pair, "false", model.ids, encode_text)
-    switches = np.flatnonzero(candidate.ids == model.ids.switch_id)
-    assert switches.tolist() == ([] if pair in ("S→S", "T→T") else [candidate.start - 1])
-    ending = candidate.ids[candidate.start :]
-    expected = item.false_units + model.ids.speech_offset if pair[-1] == "S" else encode_text(item.false_text)
-    assert ending.tolist() == list(expected)
-
-
-def test_accuracy_counts_wins_ties_and_losses():
-    result = PairResult(
-        pair="T→T",
-        ids=list("abcd"),
-        kinds=["story", "story", "topic", "topic"],
-        couples=["1", "1", "2", "2"],
-        true_scores=np.array([-1.0, -2.0, -3.0, -1.0]),
-        false_scores=np.array([-2.0, -2.0, -1.0, -4.0]),
-        tie_credit=0.5,
-    )
-    accuracy = result.accuracy()
-    assert (accuracy.n, accuracy.accuracy, accuracy.num_ties) == (4, 0.625, 1)
-    assert accuracy.standard_error == pytest.approx((0.625 * 0.375 / 4) ** 0.5)
-    assert result.accuracy("story").accuracy == 0.75
-    assert result.accuracy("topic").accuracy == 0.5
-
-
-def test_the_bootstrap_keeps_couples_together():
-    values = np.tile([0.0, 1.0], 50)  # every couple has exactly one right answer
-    assert bootstrap(values, [str(i // 2) for i in range(100)]) == (0.5, 0.5)
-    low, high = bootstrap(values, [str(i) for i in range(100)])
-    assert 0.35 < low < 0.45
-    assert 0.55 < high < 0.65
-
-
 def test_a_result_is_written_with_protocol_checkpoint_and_every_item(model, tmp_path):
     chosen = items()
     result = evaluate_cloze(model, chosen, encode_text, protocol=AUTHORS_CROSS_MODAL)
@@ -124,6 +53,75 @@ def test_a_result_is_written_with_protocol_checkpoint_and_every_item(model, tmp_
             ]
             assert record["accuracy"][pair][kind]["n"] == len(credit) == 3
             assert record["accuracy"][pair][kind]["accuracy"] == pytest.approx(np.mean(credit))
+
+
+def test_all_pairs_of_an_item_share_its_two_prompts(model, monkeypatch):
+    rng = np.random.default_rng(0)
+    texts, units = (
+        [" ".join(map(str, rng.integers(1, TEXT_VOCAB, 20))) for _ in "ptf"],
+        rng.integers(NUM_UNITS, size=20),
+    )
+    item = ClozeItem("a", "story", "a", *texts, units, units[:5], units[5:9])
+    rows = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, *a, **k: rows.append(tuple(ids.shape)) or forward(ids, *a, **k))
+    evaluate_cloze(model, [item], encode_text)
+    assert rows == [(2, 20), (8, 22)]  # two prompts; eight endings after their last token and a switch
+
+
+def test_text_before_speech_prompts_is_in_s_to_t_alone_and_the_same_for_both_endings(model):
+    some = items()
+    protocol = replace(AUTHORS_CROSS_MODAL, num_prefix_tokens=3)
+    plain = list(cloze_task(model, some, encode_text).items)
+    changed = list(cloze_task(model, some, encode_text, protocol=protocol).items)
+    for before, after in zip(plain, changed, strict=True):
+        for ours, theirs in ((after.positive, before.positive), (after.negative, before.negative)):
+            added = len(ours.prompt) - len(theirs.prompt)
+            assert added == (3 if before.labels["pair"] == "S→T" else 0)
+            np.testing.assert_array_equal(ours.prompt[added:], theirs.prompt)
+            np.testing.assert_array_equal(ours.continuation, theirs.continuation)
+        np.testing.assert_array_equal(after.positive.prompt, after.negative.prompt)
+        if before.labels["pair"] == "S→T":
+            assert after.positive.prompt[2] == model.ids.end_of_text_id
+            endings = [text for item in some if item.id != before.id for text in (item.true_text, item.false_text)]
+            assert any(encode_text(text)[-2:] == after.positive.prompt[:2].tolist() for text in endings)
+    seeds = [
+        [item.positive.prompt.tolist() for item in cloze_task(model, some, encode_text, protocol=p).items]
+        for p in (protocol, protocol, replace(protocol, prefix_seed=1))
+    ]
+    assert seeds[0] == seeds[1] != seeds[2]
+    with pytest.raises(ValueError, match="there is only one"):
+        list(cloze_task(model, some[:1], encode_text, protocol=protocol).items)
+
+
+def test_the_prefix_and_its_seed_are_in_the_result(model, tmp_path):
+    protocol = replace(AUTHORS_CROSS_MODAL, num_prefix_tokens=10, prefix_seed=4)
+    result = evaluate_cloze(model, items(), encode_text, protocol=protocol)
+    record = json.loads(result.save(tmp_path, items="i", checkpoint="c").read_text())
+    assert (record["knobs"]["num_prefix_tokens"], record["knobs"]["prefix_seed"]) == (10, 4)
+
+
+@pytest.mark.parametrize("part", ["prompt_text", "true_text"])
+def test_an_empty_text_is_named(model, part):
+    some = items()
+    some[1] = replace(some[1], **{part: ""})
+    with pytest.raises(ValueError, match=r"item i1: its prompt or (true|false) ending is empty in T→T"):
+        evaluate_cloze(model, some, encode_text, pairs=["T→T"])
+
+
+def test_items_are_the_same_whatever_the_tokenizer(model):
+    plain = evaluate_cloze(model, items(), encode_text)
+    other = evaluate_cloze(model, items(), lambda text: [1, *encode_text(text)])
+    changed = evaluate_cloze(model, items(seed=1), encode_text)
+    assert plain.items_fingerprint == other.items_fingerprint != changed.items_fingerprint
+    assert plain.tokens_fingerprint != other.tokens_fingerprint
+
+
+def test_a_model_that_does_not_know_the_units_is_refused():
+    model = tiny_model()
+    item = ClozeItem("a", "story", "a", "1", "2", "3", *[np.array([NUM_UNITS + 5])] * 3)
+    with pytest.raises(ValueError, match=r"item a \(S→S, story\) has the ids .* does not know this modality"):
+        evaluate_cloze(model, [item], encode_text, pairs=["S→S"])
 
 
 def test_items_round_trip_through_parquet(tmp_path):
@@ -151,7 +149,7 @@ def test_a_manifest_may_hold_text_alone(tmp_path, model):
     rows = [{"id": str(i), "prompt_text": "1 2", "true_text": "3 4", "false_text": "5 6"} for i in range(3)]
     path.write_text("\n".join(map(json.dumps, rows)))
     loaded = load_cloze(path)
-    assert [result.pair for result in evaluate_cloze(model, loaded, encode_text).pairs] == ["T→T"]
+    assert list(evaluate_cloze(model, loaded, encode_text).summary()) == ["T→T"]
     with pytest.raises(ValueError, match="3 items lack text or units for S→T: 0, 1, 2"):
         evaluate_cloze(model, loaded, encode_text, pairs=["S→T"])
 
@@ -190,7 +188,7 @@ def test_a_missing_file_and_an_unknown_pair_are_refused(tmp_path, model):
 def test_an_item_longer_than_the_models_positions_is_refused_not_cut():
     model = tiny_model(lm_config=tiny_lm_config(max_position_embeddings=12))
     item = ClozeItem("long", "story", "c", "1 " * 10, "2 3 4", "5 6 7")
-    with pytest.raises(ValueError, match=r"item long has 13 tokens in T→T, more than the model's 12 positions"):
+    with pytest.raises(ValueError, match=r"item long \(T→T, story\) has 13 tokens, more than the model's 12 positions"):
         evaluate_cloze(model, [item], encode_text)
 
 
@@ -200,3 +198,35 @@ def test_the_checkpoint_fingerprint_changes_with_the_weights(tmp_path):
     tiny_model(seed=1).save_pretrained(tmp_path / "c")
     a, b, c = (checkpoint_fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
+
+
+def test_the_command_line_goes_on_where_it_was_stopped_and_guards_what_is_there(tmp_path, capsys, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_text_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"id": str(i), "prompt_text": "w1 w2", "true_text": f"w{i}", "false_text": "w5 w6"} for i in range(3)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "scores"
+    command = ["evaluate", *(str(tmp_path / name) for name in ("model", "items.jsonl")), "--output", str(output)]
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "score_candidates", stop)
+        assert cli.main(command) == 130
+    assert "run the same command to go on" in capsys.readouterr().err
+    assert cli.main([*command, "--protocol", "authors"]) == 1
+    assert "scores with protocol 'continuation-mean', not 'authors'" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert str(output / "result.json") in capsys.readouterr().out
+    before = (output / "result.json").read_bytes()
+    assert cli.main(command) == 0
+    assert (output / "result.json").read_bytes() == before
+    capsys.readouterr()
+    assert cli.main([*command, "--pairs", "S-T"]) == 1
+    assert "3 items lack text or units for S→T" in capsys.readouterr().err
+    assert cli.main([*command, "--autocast"]) == 1
+    assert "holds the result with precision 'float32'" in capsys.readouterr().err
+    command[-1] = str(tmp_path / "more")
+    assert cli.main([*command, "--prefix-tokens", "-1"]) == 1
+    assert "num_prefix_tokens is -1" in capsys.readouterr().err

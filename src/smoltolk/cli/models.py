@@ -1,6 +1,7 @@
 """Commands for models: training, evaluation, generation, import and export, the demo."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,30 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--output", type=Path, required=True, help="folder for the results")
     evaluate.add_argument("--pairs", nargs="+", help="modality pairs, such as S→T or S-T; default: all there are")
     evaluate.add_argument("--protocol", default="continuation-mean")
+    evaluate.add_argument(
+        "--prefix-tokens",
+        type=int,
+        default=0,
+        help="text tokens of another item before speech prompts in S→T; the authors' 10",
+    )
+    evaluate.add_argument("--prefix-seed", type=int, default=0, help="seed of the choice of the other item")
+    evaluate.add_argument(
+        "--truncate-prompts", action="store_true", help="cut the beginning of prompts that are too long, and count them"
+    )
     evaluate.add_argument("--batch-size", type=int, default=48)
+    evaluate.add_argument("--max-batch-tokens", type=int, default=16384)
+    evaluate.add_argument("--autocast", action="store_true", help="compute in bfloat16 by autocast")
     evaluate.add_argument("--device", default="cpu")
-    evaluate.set_defaults(run=_evaluate, resume_hint="stopped; no result was written")
+    evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser("compare", help="compare two results on the same items, with error bars")
+    compare.add_argument("ours", type=Path, help="folder of a result")
+    compare.add_argument("theirs", type=Path, help="folder of the result to subtract")
+    compare.set_defaults(run=_compare, resume_hint="stopped")
+
+    leaderboard = commands.add_parser("leaderboard", help="print results beside published ones")
+    leaderboard.add_argument("results", type=Path, nargs="*", help="folders of results")
+    leaderboard.set_defaults(run=_leaderboard, resume_hint="stopped")
 
     analyze = commands.add_parser("analyze", help="look into models: layer selector, shared space, abstraction, lens")
     analyze.add_argument(
@@ -132,11 +154,8 @@ def _ablate(options: argparse.Namespace) -> None:
     else:
         run_ablation(ablation, options.output, jobs=options.jobs)
     path, tables = write_tables(ablation, options.output)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # in a file nothing has to be folded
     for table in tables:
-        console.print(table)
+        _print_wide(table)
     print(path)
 
 
@@ -175,30 +194,50 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from smoltolk.evaluation.results import checkpoint_fingerprint
-    from smoltolk.evaluation.scoring import PROTOCOLS
-    from smoltolk.evaluation.tasks import evaluate_cloze, load_cloze
+    from rich.progress import Progress
+
+    from smoltolk.evaluation.pairs import score_task
+    from smoltolk.evaluation.protocols import find_protocol
+    from smoltolk.evaluation.results import cells, checkpoint_fingerprint
+    from smoltolk.evaluation.scoring import ScoringSettings
+    from smoltolk.evaluation.tasks import cloze_task, load_cloze
     from smoltolk.generation.pipeline import SmolTolkPipeline
 
-    if options.protocol not in PROTOCOLS:
-        raise ValueError(f"protocol is {options.protocol!r}: choose one of {', '.join(PROTOCOLS)}")
-    pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
-    result = evaluate_cloze(
-        pipeline.model,
-        load_cloze(options.items, pipeline.speech_tokenizer),
-        pipeline.text_ids,
-        pairs=options.pairs and [pair.replace("-", "→") for pair in options.pairs],
-        protocol=PROTOCOLS[options.protocol],
-        batch_size=options.batch_size,
+    protocol = replace(
+        find_protocol(options.protocol), num_prefix_tokens=options.prefix_tokens, prefix_seed=options.prefix_seed
     )
-    path = result.save(options.output, items=str(options.items), checkpoint=checkpoint_fingerprint(options.model))
-    table = Table("pair", "kind", "n", "accuracy %", "standard error", "95 % interval", title=result.protocol)
+    settings = ScoringSettings(
+        batch_size=options.batch_size,
+        max_batch_tokens=options.max_batch_tokens,
+        autocast=options.autocast,
+        truncates_prompts=options.truncate_prompts,
+    )
+    pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
+    items = load_cloze(options.items, pipeline.speech_tokenizer)
+    pairs = options.pairs and [pair.replace("-", "→") for pair in options.pairs]
+    task = cloze_task(pipeline.model, items, pipeline.text_ids, pairs=pairs, protocol=protocol)
+    checkpoint = checkpoint_fingerprint(options.model)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        total = 2 * len(items) * len({average.group for average in task.averages})
+        scored = bar.add_task("sequences scored", total=total)
+        result = score_task(
+            pipeline.model,
+            task,
+            protocol=protocol,
+            settings=settings,
+            folder=options.output,
+            checkpoint=checkpoint,
+            progress=lambda count: bar.advance(scored, count),
+        )
+    path = result.save(options.output, items=str(options.items), checkpoint=checkpoint)
+    columns = ("pair", "kind", "n", "accuracy %", "standard error", "95 % interval", "ties")
+    table = Table(*columns, title=f"{protocol.name}, {result.precision}")
     for pair, kinds in result.summary().items():
-        for kind, a in kinds.items():
-            interval = f"{100 * a.low:.1f} … {100 * a.high:.1f}"
-            row = (f"{100 * a.accuracy:.1f}", f"{100 * a.standard_error:.1f}", interval)
-            table.add_row(pair, kind, str(a.n), *row)
+        for kind, accuracy in kinds.items():
+            table.add_row(pair, kind, *cells(accuracy))
     Console().print(table)
+    if result.num_truncated:
+        print(f"{result.num_truncated} of {len(result.table)} prompts were cut")
     print(path)
 
 
@@ -226,6 +265,47 @@ def _analyze(options: argparse.Namespace) -> None:
         progress=not options.no_progress,
     )
     print(write_page(comparison, options.output))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from smoltolk.evaluation.comparison import compare
+
+    comparison = compare(options.ours, options.theirs)
+    columns = ("group", "name", "items", "couples", "ours %", "theirs %", "difference", "95 % interval", "p", "test")
+    table = Table(*columns)
+    for d in comparison.differences:
+        shares = (f"{100 * d.ours:.1f}", f"{100 * d.theirs:.1f}", f"{100 * d.mean:+.1f}")
+        interval = f"{100 * d.low:+.1f} … {100 * d.high:+.1f}"
+        table.add_row(
+            d.group, d.name, str(d.num_items), str(d.num_couples), *shares, interval, f"{d.p_value:.2g}", d.test
+        )
+    _print_wide(table)
+    for note in comparison.notes:
+        print(f"note: {note}")
+
+
+def _leaderboard(options: argparse.Namespace) -> None:
+    from smoltolk.evaluation.leaderboard import UNKNOWN, make_leaderboard
+
+    board = make_leaderboard(options.results)
+    table = Table("model", "size", "tokens", *board.columns, "protocol", "source", title="accuracy %")
+    for row in board.rows:
+        scores = [row.scores.get(column, UNKNOWN) for column in board.columns]
+        table.add_row(row.model, row.size, row.tokens, *scores, row.protocol, row.source)
+    _print_wide(table)
+    if board.others:
+        more = Table(
+            "result", "task", "group", "name", "n", "accuracy %", "protocol", title="without a published number"
+        )
+        for cells in board.others:
+            more.add_row(*cells)
+        _print_wide(more)
+
+
+def _print_wide(table: Table) -> None:
+    """Prints a table; in a file nothing has to be folded."""
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -1,1 +1,1 @@
-"""Evaluation: one scorer, StoryCloze-type tasks in all modality pairs, results with error bars."""
+"""Evaluation: one scorer with named protocols, tasks of pairs, results with error bars, comparisons."""

@@ -1,49 +1,53 @@
-"""The one scorer: log-likelihoods of spans of id sequences."""
+"""The one scorer: log-likelihoods of sequences under a protocol."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import Cache
 
+from smoltolk.evaluation.protocols import Candidate, Layout, Protocol, lay_out
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
+
+SHORTEST_SHARED = 16  # tokens; a cache costs more than reading a shorter prompt again
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """How a log-likelihood becomes a score: numbers of different protocols are not comparable.
+class ScoringSettings:
+    """How scores are computed; but for rounding, none of it changes them except precision and truncation.
 
     Args:
-        name: what to call it in results.
-        span: what is scored, the "continuation" alone or the "sequence" with its prompt. Switch tokens are
-            never scored.
-        length_norm: "mean" log-likelihood per token, or their "sum".
-        tie_credit: what an item counts whose two scores are equal.
+        batch_size: sequences in one forward.
+        max_batch_tokens: tokens in one forward, padding included; a longer sequence is alone.
+        autocast: whether to compute in bfloat16 where PyTorch's autocast does.
+        truncates_prompts: whether prompts lose their beginning where a sequence is longer than the model's positions,
+            which is counted in the result; otherwise that is an error.
+        shares_prompts: whether sequences with the same prompt read it once.
+        chunk_items: items that are made, scored and kept together.
+
+    Raises:
+        ValueError: a size is below 1.
     """
 
-    name: str
-    span: Literal["continuation", "sequence"]
-    length_norm: Literal["mean", "sum"]
-    tie_credit: float
+    batch_size: int = 48
+    max_batch_tokens: int = 16384
+    autocast: bool = False
+    truncates_prompts: bool = False
+    shares_prompts: bool = True
+    chunk_items: int = 256
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_batch_tokens", "chunk_items"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
 
-CONTINUATION = Protocol("continuation-mean", span="continuation", length_norm="mean", tie_credit=0.5)
-AUTHORS_CROSS_MODAL = Protocol("authors-cross-modal", span="continuation", length_norm="mean", tie_credit=0.0)
-PROTOCOLS = {protocol.name: protocol for protocol in (CONTINUATION, AUTHORS_CROSS_MODAL)}
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A sequence to score.
-
-    Args:
-        ids: prompt and continuation, (seq,) int64.
-        start: where the continuation begins.
-    """
-
-    ids: np.ndarray
-    start: int
+    def precision(self, model: SmolTolkForCausalLM) -> str:
+        """What the model computes in, for the record."""
+        weights = str(model.dtype).removeprefix("torch.")
+        return f"{weights}, autocast to bfloat16" if self.autocast else weights
 
 
 @torch.no_grad()
@@ -51,49 +55,186 @@ def score_candidates(
     model: SmolTolkForCausalLM,
     candidates: Sequence[Candidate],
     protocol: Protocol,
-    *,
-    batch_size: int = 48,
+    settings: ScoringSettings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Scores sequences under a protocol.
 
-    Batches are made of sequences of like length and padded on the right; a score does not depend on what
-    else is in the batch.
+    A prompt that several sequences share is read once; batches are made of sequences of like length. But for
+    rounding a score does not depend on what else is scored, and like sequences have the very same score.
 
     Args:
         model: the model.
         candidates: the sequences.
         protocol: which tokens count, and how.
-        batch_size: sequences in one forward.
+        settings: sizes of batches and precision.
         progress: called with the number of sequences done since the last call.
 
     Returns:
         Scores (len(candidates),) float64, higher is likelier.
+
+    Raises:
+        ValueError: a sequence with nothing to score, with ids that the model has not, or a switch to score in a model
+            that does not predict it.
     """
+    settings = settings or ScoringSettings()
+    layouts = [lay_out(candidate, protocol, model.ids) for candidate in candidates]
+    if protocol.scores_switch and not model.config.predict_switch:
+        switches = model.ids.switch_id
+        if any((layout.ids[layout.is_scored] == switches).any() for layout in layouts):
+            raise ValueError(
+                f"the protocol {protocol.name} scores the switch, which this model does not predict: train with "
+                "predict_switch, or choose a protocol that leaves it out"
+            )
+    distinct: dict[tuple[bytes, bytes], list[int]] = {}
+    for i, layout in enumerate(layouts):
+        distinct.setdefault((layout.ids.tobytes(), layout.is_scored.tobytes()), []).append(i)
+    copies = list(distinct.values())
+    chosen = [layouts[places[0]] for places in copies]
+    scores = np.zeros(len(layouts))
+    was_training = model.training
     model.eval()
-    scores = np.zeros(len(candidates))
-    order = np.argsort([len(candidate.ids) for candidate in candidates], kind="stable")
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        length = max(len(candidates[i].ids) for i in chosen)
-        input_ids = torch.zeros(len(chosen), length, dtype=torch.long)
-        mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, -100)
-        for row, i in enumerate(chosen):
-            ids = torch.from_numpy(candidates[i].ids)
-            first = candidates[i].start if protocol.span == "continuation" else 1
-            input_ids[row, : len(ids)], mask[row, : len(ids)] = ids, 1
-            labels[row, first : len(ids)] = ids[first:]
-        labels[labels == model.ids.switch_id] = -100
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast):
+            for members, sums in _log_likelihoods(model, chosen, settings):
+                for member, total in zip(members, sums.tolist(), strict=True):
+                    count = int(chosen[member].is_scored.sum())
+                    scores[copies[member]] = total / count if protocol.length_norm == "mean" else total
+                if progress is not None:
+                    progress(sum(len(copies[member]) for member in members))
+    finally:
+        model.train(was_training)
+    return scores
+
+
+def _log_likelihoods(
+    model: SmolTolkForCausalLM, layouts: Sequence[Layout], settings: ScoringSettings
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Batches of sequences: which they are, and the log-likelihood of their scored tokens (batch,) float64."""
+    window = getattr(model.config.lm_config, "sliding_window", None)
+    by_prompt: dict[bytes, list[int]] = {}
+    for i, layout in enumerate(layouts):
+        by_prompt.setdefault(layout.ids[: layout.num_shared].tobytes(), []).append(i)
+    alone: list[int] = []
+    shared: list[list[int]] = []
+    for members in by_prompt.values():
+        longest = max(len(layouts[i].ids) for i in members)
+        fits_window = window is None or longest < window  # a cache of a window forgets what padding would need
+        is_worth_it = len(members) > 1 and layouts[members[0]].num_shared >= SHORTEST_SHARED
+        if settings.shares_prompts and is_worth_it and fits_window:
+            size = settings.batch_size
+            shared += [members[at : at + size] for at in range(0, len(members), size)]
+        else:
+            alone += members
+    alone.sort(key=lambda i: len(layouts[i].ids))
+    for batch in _batches([[i] for i in alone], layouts, settings):
+        members = [i for group in batch for i in group]
+        yield members, _score_whole(model, [layouts[i] for i in members])
+    shared.sort(key=lambda group: (layouts[group[0]].num_shared, max(len(layouts[i].ids) for i in group)))
+    for batch in _batches(shared, layouts, settings):
+        yield [i for group in batch for i in group], _score_shared(model, [[layouts[i] for i in g] for g in batch])
+
+
+def _batches(
+    groups: Sequence[list[int]], layouts: Sequence[Layout], settings: ScoringSettings
+) -> Iterator[list[list[int]]]:
+    """Groups side by side, as many as fit."""
+    batch: list[list[int]] = []
+    count = longest = 0
+    for group in groups:
+        length = max(len(layouts[i].ids) for i in group)
+        more = count + len(group)
+        if batch and (more > settings.batch_size or more * max(longest, length) > settings.max_batch_tokens):
+            yield batch
+            batch, count, longest, more = [], 0, 0, len(group)
+        batch.append(group)
+        count, longest = more, max(longest, length)
+    if batch:
+        yield batch
+
+
+def _score_whole(model: SmolTolkForCausalLM, layouts: Sequence[Layout]) -> Tensor:
+    """Sequences in one forward, padded on the right; log-likelihoods (batch,)."""
+    input_ids, mask, labels = _rows([layout.ids for layout in layouts], [layout.is_scored for layout in layouts])
+    device = model.device
+    output = model(
+        input_ids.to(device), None if mask.all() else mask.to(device), labels.to(device), return_token_losses=True
+    )
+    return -output.token_losses.double().sum(1).cpu()
+
+
+def _score_shared(model: SmolTolkForCausalLM, groups: Sequence[Sequence[Layout]]) -> Tensor:
+    """Groups of sequences with one prompt each: prompts are read first, then what follows on their cache.
+
+    Prompts are padded on the left and the rest on the right, so that the real tokens of a row stay together. The last
+    token of a prompt is read twice: it predicts the first token of what follows.
+    """
+    device = model.device
+    prompts = [group[0].ids[: group[0].num_shared] for group in groups]
+    marks = [group[0].is_scored[: group[0].num_shared] for group in groups]
+    input_ids, mask, labels = _rows(prompts, marks, pads_left=True)
+    output = model(
+        input_ids.to(device),
+        None if mask.all() else mask.to(device),
+        labels.to(device),
+        use_cache=True,
+        return_token_losses=True,
+    )
+    of_prompts = -output.token_losses.double().sum(1).cpu()  # (groups,)
+    cache = output.past_key_values
+    cache.crop(-1)
+    members = [layout for group in groups for layout in group]
+    rows = [i for i, group in enumerate(groups) for _ in group]  # of each sequence's prompt
+    found = torch.zeros(len(members), dtype=torch.double)
+    for chosen in _of_like_length([len(layout.ids) - layout.num_shared for layout in members]):
+        row = torch.tensor([rows[i] for i in chosen])
+        rest = [members[i].ids[members[i].num_shared - 1 :] for i in chosen]
+        rest_ids, rest_mask, rest_labels = _rows(
+            rest, [members[i].is_scored[members[i].num_shared - 1 :] for i in chosen]
+        )
+        rest_labels[:, 0] = -100  # the prompt's last token is among the prompt's
+        whole_mask = torch.cat([mask[row, :-1], rest_mask], 1)
         output = model(
-            input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            labels=labels.to(model.device),
+            rest_ids.to(device),
+            None if whole_mask.all() else whole_mask.to(device),
+            rest_labels.to(device),
+            past_key_values=_select(cache, row.to(device)),
             return_token_losses=True,
         )
-        sums = -output.token_losses.double().sum(1).cpu().numpy()
-        counts = (labels[:, 1:] >= 0).sum(1).numpy()
-        scores[chosen] = sums / counts if protocol.length_norm == "mean" else sums
-        if progress is not None:
-            progress(len(chosen))
-    return scores
+        found[chosen] = of_prompts[row] - output.token_losses.double().sum(1).cpu()
+    return found
+
+
+def _of_like_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in groups that padding at most doubles; what is shorter than 32 is one group."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    group: list[int] = []
+    for i in order:
+        if group and lengths[i] > max(32, 2 * lengths[group[0]]):
+            yield group
+            group = []
+        group.append(i)
+    yield group
+
+
+def _select(cache: Cache, row: Tensor) -> Cache:
+    """A cache of some rows, which may come more than once; the given one stays as it is."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(row)
+    return selected
+
+
+def _rows(
+    sequences: Sequence[np.ndarray], marks: Sequence[np.ndarray], *, pads_left: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask, and labels at the marked places, all (batch, seq)."""
+    length = max(map(len, sequences))
+    input_ids = torch.zeros(len(sequences), length, dtype=torch.long)
+    mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, -100)
+    for row, (ids, is_scored) in enumerate(zip(sequences, marks, strict=True)):
+        place = slice(length - len(ids), length) if pads_left else slice(0, len(ids))
+        tokens = torch.from_numpy(ids)
+        input_ids[row, place], mask[row, place] = tokens, 1
+        labels[row, place] = torch.where(torch.from_numpy(is_scored), tokens, -100)
+    return input_ids, mask, labels

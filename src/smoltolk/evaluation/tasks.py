@@ -1,7 +1,7 @@
 """StoryCloze-type tasks: which of two endings follows a prompt, in all four modality pairs."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smoltolk.data.sources import read_manifest
-from smoltolk.evaluation.results import ClozeResult, PairResult
-from smoltolk.evaluation.scoring import CONTINUATION, Candidate, Protocol, score_candidates
+from smoltolk.evaluation.pairs import PairItem, PairTask, score_task
+from smoltolk.evaluation.protocols import CONTINUATION, Candidate, Protocol
+from smoltolk.evaluation.results import Average, TaskResult
+from smoltolk.evaluation.scoring import ScoringSettings
 from smoltolk.model.configuration_smoltolk import IdSpace
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import load_audio, write_atomically
@@ -132,7 +134,11 @@ def _from_manifest(path: Path, speech_tokenizer: SpeechTokenizer | None) -> list
 def make_candidate(
     item: ClozeItem, pair: str, ending: str, ids: IdSpace, encode_text: Callable[[str], list[int]]
 ) -> Candidate:
-    """Prompt and one ending ("true" or "false") as ids, with one switch where the modality changes."""
+    """Prompt and one ending ("true" or "false") as ids.
+
+    Raises:
+        ValueError: the prompt or the ending is empty.
+    """
 
     def part_ids(name: str, side: str) -> np.ndarray:
         if side == "S":
@@ -140,14 +146,80 @@ def make_candidate(
         return np.array(encode_text(getattr(item, f"{name}_text")), dtype=np.int64)
 
     prompt_side, ending_side = pair.split("→")
-    pieces = [part_ids("prompt", prompt_side)]
-    if prompt_side != ending_side:
-        pieces.append(np.array([ids.switch_id]))
-    start = sum(len(piece) for piece in pieces)
-    continuation = part_ids(ending, ending_side)
-    if not len(pieces[0]) or not len(continuation):
+    prompt, continuation = part_ids("prompt", prompt_side), part_ids(ending, ending_side)
+    if not len(prompt) or not len(continuation):
         raise ValueError(f"item {item.id}: its prompt or {ending} ending is empty in {pair}")
-    return Candidate(np.concatenate([*pieces, continuation]), start)
+    return Candidate(prompt, continuation)
+
+
+def cloze_task(
+    model: SmolTolkForCausalLM,
+    items: Sequence[ClozeItem],
+    encode_text: Callable[[str], list[int]],
+    *,
+    pairs: Sequence[str] | None = None,
+    protocol: Protocol = CONTINUATION,
+) -> PairTask:
+    """Cloze items in modality pairs as a task; the pairs of an item come after each other and share its prompts.
+
+    Args:
+        model: whose ids to make.
+        items: the items.
+        encode_text: text → ids, without special tokens.
+        pairs: modality pairs; by default those that every item has.
+        protocol: what stands before speech prompts in S→T.
+
+    Raises:
+        ValueError: an item lacks what a pair needs.
+    """
+    if pairs is None:
+        pairs = [pair for pair in PAIRS if all(item.has(pair) for item in items)]
+        if not pairs:
+            raise ValueError("no modality pair is complete in all items: name the pairs to evaluate")
+    for pair in pairs:
+        if pair not in PAIRS:
+            raise ValueError(f"pair is {pair!r}: choose from {', '.join(PAIRS)}")
+        if lacking := [item.id for item in items if not item.has(pair)]:
+            raise ValueError(f"{len(lacking)} items lack text or units for {pair}: {', '.join(lacking[:10])}")
+
+    def make() -> Iterator[PairItem]:
+        for number, item in enumerate(items):
+            for pair in pairs:
+                both = [make_candidate(item, pair, ending, model.ids, encode_text) for ending in ("true", "false")]
+                if pair == "S→T" and protocol.num_prefix_tokens:
+                    prefix = _prefix(items, number, protocol, model.ids, encode_text)
+                    both = [Candidate(np.concatenate([prefix, c.prompt]), c.continuation) for c in both]
+                labels = {"pair": pair, "kind": item.kind}
+                yield PairItem(item.id, both[0], both[1], labels, item.couple, _content(item))
+
+    kinds = sorted({item.kind for item in items})
+    averages = [Average(pair, kind, {"pair": pair, "kind": kind}) for pair in pairs for kind in kinds]
+    return PairTask("cloze", make(), averages, is_cloze=True)
+
+
+def _prefix(
+    items: Sequence[ClozeItem],
+    number: int,
+    protocol: Protocol,
+    ids: IdSpace,
+    encode_text: Callable[[str], list[int]],
+) -> np.ndarray:
+    """The last text tokens, end token included, of an ending of another item; a function of seed and number."""
+    if len(items) < 2:
+        raise ValueError("num_prefix_tokens takes the text of other items, and there is only one")
+    generator = np.random.default_rng([protocol.prefix_seed, number])
+    other = items[(number + 1 + int(generator.integers(len(items) - 1))) % len(items)]
+    text = (other.true_text, other.false_text)[int(generator.integers(2))]
+    return np.array([*encode_text(text or ""), ids.end_of_text_id][-protocol.num_prefix_tokens :], dtype=np.int64)
+
+
+def _content(item: ClozeItem) -> str:
+    """What the item is whatever its tokens: its texts, or its units where there are none."""
+    texts = [item.prompt_text, item.true_text, item.false_text]
+    if all(text is not None for text in texts):
+        return json.dumps(texts)
+    units = [getattr(item, f"{part}_units") for part in PARTS]
+    return json.dumps([texts, [None if found is None else np.asarray(found).tolist() for found in units]])
 
 
 def evaluate_cloze(
@@ -157,9 +229,11 @@ def evaluate_cloze(
     *,
     pairs: Sequence[str] | None = None,
     protocol: Protocol = CONTINUATION,
-    batch_size: int = 48,
+    settings: ScoringSettings | None = None,
+    folder: Path | None = None,
+    checkpoint: str | None = None,
     progress: Callable[[int], None] | None = None,
-) -> ClozeResult:
+) -> TaskResult:
     """Scores both endings of every item in every pair.
 
     Args:
@@ -168,41 +242,15 @@ def evaluate_cloze(
         encode_text: text → ids, without special tokens.
         pairs: modality pairs; by default those that every item has.
         protocol: which tokens count, and how.
-        batch_size: sequences in one forward.
+        settings: sizes of batches, precision, what becomes of long prompts.
+        folder: where chunks of scores are kept, see `score_task`.
+        checkpoint: identity of the model, needed with a folder.
         progress: called with the number of sequences scored since the last call.
 
     Raises:
         ValueError: an item lacks what a pair needs, or is longer than the model's positions.
     """
-    if pairs is None:
-        pairs = [pair for pair in PAIRS if all(item.has(pair) for item in items)]
-        if not pairs:
-            raise ValueError("no modality pair is complete in all items: name the pairs to evaluate")
-    results = []
-    for pair in pairs:
-        if pair not in PAIRS:
-            raise ValueError(f"pair is {pair!r}: choose from {', '.join(PAIRS)}")
-        if lacking := [item.id for item in items if not item.has(pair)]:
-            raise ValueError(f"{len(lacking)} items lack text or units for {pair}: {', '.join(lacking[:10])}")
-        candidates = [
-            make_candidate(item, pair, ending, model.ids, encode_text) for item in items for ending in ("true", "false")
-        ]
-        for i, candidate in enumerate(candidates):
-            if len(candidate.ids) > model.config.max_position_embeddings:
-                raise ValueError(
-                    f"item {items[i // 2].id} has {len(candidate.ids)} tokens in {pair}, more than the model's "
-                    f"{model.config.max_position_embeddings} positions: nothing is cut, leave it out"
-                )
-        scores = score_candidates(model, candidates, protocol, batch_size=batch_size, progress=progress)
-        results.append(
-            PairResult(
-                pair=pair,
-                ids=[item.id for item in items],
-                kinds=[item.kind for item in items],
-                couples=[item.couple for item in items],
-                true_scores=scores[0::2],
-                false_scores=scores[1::2],
-                tie_credit=protocol.tie_credit,
-            )
-        )
-    return ClozeResult(protocol=protocol.name, pairs=results)
+    task = cloze_task(model, items, encode_text, pairs=pairs, protocol=protocol)
+    return score_task(
+        model, task, protocol=protocol, settings=settings, folder=folder, checkpoint=checkpoint, progress=progress
+    )

@@ -38,7 +38,7 @@ class Curve:
         if any(line["step"] == step for line in known):
             return
         result = evaluate_cloze(self.trainer.model, self.items, self.pipeline.text_ids, pairs=CURVE_PAIRS)
-        accuracy = {pair.pair: pair.accuracy().accuracy for pair in result.pairs}
+        accuracy = {pair: result.accuracy(pair=pair).accuracy for pair in CURVE_PAIRS}
         seconds = sum(line["seconds"] for line in read_metrics(self.trainer.output / METRICS_FILE))
         line = {"step": step, "tokens": metrics["tokens"], "seconds": seconds, "accuracy": accuracy}
         with self.path.open("a", encoding="utf-8") as file:
