@@ -138,15 +138,19 @@ def _log_likelihoods(
 def _batches(
     groups: Sequence[list[int]], layouts: Sequence[Layout], settings: ScoringSettings
 ) -> Iterator[list[list[int]]]:
-    """Groups side by side, as many as fit."""
+    """Groups side by side, as many as fit and as padding at most doubles; what is read together comes sorted."""
     batch: list[list[int]] = []
-    count = longest = 0
+    count = longest = most_read = 0
     for group in groups:
         length = max(len(layouts[i].ids) for i in group)
+        read = layouts[group[0]].num_shared if len(group) > 1 else length
         more = count + len(group)
-        if batch and (more > settings.batch_size or more * max(longest, length) > settings.max_batch_tokens):
+        is_full = more > settings.batch_size or more * max(longest, length) > settings.max_batch_tokens
+        if batch and (is_full or read > most_read):
             yield batch
             batch, count, longest, more = [], 0, 0, len(group)
+        if not batch:
+            most_read = max(32, 2 * read)
         batch.append(group)
         count, longest = more, max(longest, length)
     if batch:
