@@ -137,11 +137,11 @@ def _read_rows(
             if missing := [column for column in needed if column not in columns]:
                 report(Fault(str(path), f"lacks the columns {', '.join(missing)}; it has {', '.join(columns)}"))
                 return []
-            for row in reader:
-                if None in row or None in row.values():
+            for cells in reader:
+                if None in cells or None in cells.values():
                     report(Fault(f"{path}:{reader.line_num}", f"does not have the {len(columns)} cells of the header"))
                 else:
-                    rows.append((reader.line_num, row))
+                    rows.append((reader.line_num, cells))
     except UnicodeDecodeError as error:
         report(Fault(str(path), f"is not UTF-8 (byte {error.start}): convert it"))
     except csv.Error as error:
@@ -239,8 +239,8 @@ def _averages(layout: GoldLayout, pairs: Sequence[StimulusPair], modality: Modal
             averages.append(Average("sWUGGY", "in-vocab", {"vocabulary": "in"}, by_id))
         return tuple(averages)
     types = sorted({pair.labels["type"] for pair in pairs})
-    by_type = [Average(f"{layout.name} types", kind, {"type": kind}, by_id) for kind in types]
     if layout is PROSAUDIT:
         return tuple(Average("prosAudit", kind, {"type": kind}, by_id) for kind in types)
     micro = Average("sBLIMP", "micro", over=by_id, anchor=anchored("sBLIMP"))
+    by_type = [Average("sBLIMP types", kind, {"type": kind}, by_id) for kind in types]
     return (micro, Average("sBLIMP", "macro", over=("type", "id")), *by_type)
