@@ -120,6 +120,17 @@ def test_sblimp_has_the_official_micro_and_the_authors_macro_average(tmp_path, s
     }
 
 
+def test_items_are_known_by_their_files_whatever_the_tokenizer(tmp_path, score, monkeypatch):
+    benchmark = open_benchmark(words(tmp_path / "dev"))
+    before = score(benchmark, [1, 1, 1, 1])
+    monkeypatch.setattr(Encoder, "encode_batch", lambda self, audios: [Units(np.arange(5), np.ones(5))] * len(audios))
+    after = score(benchmark, [1, 1, 1, 1])
+    assert before.items_fingerprint == after.items_fingerprint
+    assert before.tokens_fingerprint != after.tokens_fingerprint
+    write_wavs(tmp_path / "dev", "A1w", seed=9)
+    assert score(benchmark, [1, 1, 1, 1]).items_fingerprint != before.items_fingerprint
+
+
 def test_prosaudit_is_reported_by_type(tmp_path, score):
     rows = [(f"{i}{c}", i, "lexical" if i < 2 else "protosyntax", c) for i in range(3) for c in (0, 1)]
     folder = write_gold(tmp_path / "english" / "dev", ("filename", "id", "type", "correct"), rows)
