@@ -37,12 +37,15 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--lm-config", help="configuration of the text LM, where the backbone itself is not at hand")
     plan.set_defaults(run=_plan, resume_hint="stopped")
 
-    evaluate = commands.add_parser("evaluate", help="score a cloze task in all modality pairs")
+    evaluate = commands.add_parser("evaluate", help="score a benchmark, or a cloze task in all modality pairs")
     evaluate.add_argument("model", type=Path, help="folder of a trained model")
-    evaluate.add_argument("items", type=Path, help="Parquet, JSONL or CSV file of cloze items")
+    evaluate.add_argument("items", type=Path, help="folder of a benchmark; Parquet, JSONL or CSV file of cloze items")
     evaluate.add_argument("--output", type=Path, required=True, help="folder for the results")
     evaluate.add_argument("--pairs", nargs="+", help="modality pairs, such as S→T or S-T; default: all there are")
-    evaluate.add_argument("--protocol", default="continuation-mean")
+    evaluate.add_argument("--task", help="which benchmark the folder is, such as sblimp; auto tells by its layout")
+    evaluate.add_argument("--split", help="dev or test, where the folder holds both")
+    evaluate.add_argument("--modality", help="speech, or text for the text twins of sWUGGY and sBLIMP")
+    evaluate.add_argument("--protocol", help="how to score; default: the benchmark's usual one, continuation-mean")
     evaluate.add_argument(
         "--prefix-tokens",
         type=int,
@@ -196,29 +199,41 @@ def _plan(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from rich.progress import Progress
 
+    from smoltolk.evaluation.benchmarks.reading import open_benchmark
     from smoltolk.evaluation.pairs import score_task
-    from smoltolk.evaluation.protocols import find_protocol
+    from smoltolk.evaluation.protocols import CONTINUATION, find_protocol
     from smoltolk.evaluation.results import cells, checkpoint_fingerprint
     from smoltolk.evaluation.scoring import ScoringSettings
     from smoltolk.evaluation.tasks import cloze_task, load_cloze
     from smoltolk.generation.pipeline import SmolTolkPipeline
 
-    protocol = replace(
-        find_protocol(options.protocol), num_prefix_tokens=options.prefix_tokens, prefix_seed=options.prefix_seed
-    )
+    named = None if options.protocol is None else find_protocol(options.protocol)
+    prefix = {"num_prefix_tokens": options.prefix_tokens, "prefix_seed": options.prefix_seed}
     settings = ScoringSettings(
         batch_size=options.batch_size,
         max_batch_tokens=options.max_batch_tokens,
         autocast=options.autocast,
         truncates_prompts=options.truncate_prompts,
     )
-    pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
-    items = load_cloze(options.items, pipeline.speech_tokenizer)
     pairs = options.pairs and [pair.replace("-", "→") for pair in options.pairs]
-    task = cloze_task(pipeline.model, items, pipeline.text_ids, pairs=pairs, protocol=protocol)
+    chosen = {key: getattr(options, key) for key in ("task", "split", "modality")}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    benchmark = open_benchmark(options.items, pairs=pairs, **chosen) if options.items.is_dir() else None
+    if benchmark is None and chosen:
+        key, value = next(iter(chosen.items()))
+        raise ValueError(f"--{key} is {value}, but {options.items} is no folder of a benchmark: leave it out")
+    pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
+    if benchmark is None:
+        protocol = replace(named or CONTINUATION, **prefix)
+        items = load_cloze(options.items, pipeline.speech_tokenizer)
+        task = cloze_task(pipeline.model, items, pipeline.text_ids, pairs=pairs, protocol=protocol)
+        total = 2 * len(items) * len({average.group for average in task.averages})
+    else:
+        protocol = replace(named or benchmark.protocol, **prefix)
+        task = benchmark.task(pipeline, pairs=pairs, protocol=protocol)
+        total = benchmark.num_sequences(pairs)
     checkpoint = checkpoint_fingerprint(options.model)
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        total = 2 * len(items) * len({average.group for average in task.averages})
         scored = bar.add_task("sequences scored", total=total)
         result = score_task(
             pipeline.model,
@@ -230,14 +245,17 @@ def _evaluate(options: argparse.Namespace) -> None:
             progress=lambda count: bar.advance(scored, count),
         )
     path = result.save(options.output, items=str(options.items), checkpoint=checkpoint)
-    columns = ("pair", "kind", "n", "accuracy %", "standard error", "95 % interval", "ties")
-    table = Table(*columns, title=f"{protocol.name}, {result.precision}")
-    for pair, kinds in result.summary().items():
-        for kind, accuracy in kinds.items():
-            table.add_row(pair, kind, *cells(accuracy))
+    columns = ("group", "name", "n", "accuracy %", "standard error", "95 % interval", "ties")
+    about = " ".join(filter(None, (result.task, result.split)))
+    table = Table(*columns, title=f"{about}: {protocol.name}, {result.precision}")
+    for group, names in result.summary().items():
+        for name, accuracy in names.items():
+            table.add_row(group, name, *cells(accuracy))
     Console().print(table)
     if result.num_truncated:
         print(f"{result.num_truncated} of {len(result.table)} prompts were cut")
+    if benchmark is not None and (submission := benchmark.write_submission(options.output / "submission", result)):
+        print(submission)
     print(path)
 
 

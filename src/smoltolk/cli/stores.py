@@ -16,8 +16,8 @@ def add_commands(commands: Any) -> None:
     data = commands.add_parser("data", help="stores: check, preview, import of the authors' data")
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    check = actions.add_parser("check", help="read a whole store and say what is wrong or odd")
-    check.add_argument("store", type=Path, help="folder of the store")
+    check = actions.add_parser("check", help="read a whole store or benchmark and say what is wrong or odd")
+    check.add_argument("store", type=Path, help="folder of the store, or of a benchmark")
     check.add_argument("--speech-tokenizer", type=Path, help="folder of the speech tokenizer it should be of")
     check.add_argument("--text-tokenizer", help="folder or name of the text tokenizer it should be of")
     check.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -59,8 +59,13 @@ def _check(options: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from smoltolk.data.check import check_store
+    from smoltolk.data.store import MANIFEST
+    from smoltolk.evaluation.benchmarks.reading import find_benchmarks
     from smoltolk.speech.units import read_card
 
+    if not (options.store / MANIFEST).exists() and find_benchmarks(options.store):
+        _check_benchmarks(options)
+        return
     report = check_store(
         options.store,
         speech_fingerprint=options.speech_tokenizer and read_card(options.speech_tokenizer)["fingerprint"],
@@ -87,6 +92,30 @@ def _check(options: argparse.Namespace) -> None:
     faults = [found.kind for found in report.findings if found.is_fault]
     if faults:
         raise ValueError(f"{options.store} has faults: {', '.join(faults)}")
+    print("no faults", file=sys.stderr if options.json else sys.stdout)
+
+
+def _check_benchmarks(options: argparse.Namespace) -> None:
+    from smoltolk.evaluation.benchmarks.reading import check_benchmarks
+
+    if given := [key for key in ("speech_tokenizer", "text_tokenizer") if getattr(options, key)]:
+        raise ValueError(f"{given[0]} is given, but {options.store} is a benchmark, which has no tokens: leave it out")
+    faulty, records = [], []
+    for found, benchmark, faults in check_benchmarks(options.store):
+        name = f"{found.task} {found.split}" if found.split else found.task
+        count = benchmark.num_sequences()
+        about = {"task": found.task, "split": found.split, "folder": str(found.place), "sequences": count}
+        records.append(about | {"faults": [{"where": fault.where, "what": fault.what} for fault in faults]})
+        if not options.json:
+            print(f"{found.place}: {name}, {count} sequences, {len(faults)} faults")
+            for fault in faults:
+                print(f"  {fault}")
+        if faults:
+            faulty.append(f"{name} ({len(faults)})")
+    if options.json:
+        print(json.dumps(records, indent=1, ensure_ascii=False))
+    if faulty:
+        raise ValueError(f"{options.store} has faults: {', '.join(faulty)}")
     print("no faults", file=sys.stderr if options.json else sys.stdout)
 
 

@@ -1,0 +1,142 @@
+"""From a folder to its benchmark: told by its layout, or by name."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from smoltolk.evaluation.benchmarks.benchmark import MODALITIES, Benchmark, BenchmarkError, Fault, Modality
+from smoltolk.evaluation.benchmarks.cross_modal import is_cross_modal, read_cross_modal
+from smoltolk.evaluation.benchmarks.numbered import (
+    RENAMED,
+    STORYCLOZE,
+    is_renamed,
+    is_salmon,
+    is_storycloze,
+    read_renamed,
+    read_salmon,
+    read_storycloze,
+)
+from smoltolk.evaluation.benchmarks.zerospeech import GOLD_FILE, SPLITS, find_gold, read_gold
+from smoltolk.speech.audio import AudioError, load_audio
+
+TASKS = ("swuggy", "sblimp", "prosaudit", *STORYCLOZE, "cross-modal-storycloze", "salmon")
+_CHECK_RATE_HZ = 16_000  # any will do
+
+
+@dataclass(frozen=True)
+class Found:
+    """A benchmark that a folder holds.
+
+    Args:
+        task: its name, one of `TASKS`.
+        place: where its files lie.
+        split: part of the benchmark, None where it has none.
+        read: reads it, given where to report faults.
+    """
+
+    task: str
+    place: Path
+    split: str | None
+    read: Callable[[Callable[[Fault], None]], Benchmark]
+
+
+def find_benchmarks(
+    folder: Path, *, modality: Modality = "speech", pairs: Sequence[str] | None = None, story: str = "storycloze"
+) -> list[Found]:
+    """Every benchmark that a folder holds, by its layout; nothing but names and headers is read.
+
+    Args:
+        folder: a split, a folder of splits, a whole data set, or a folder of wavs.
+        modality: "speech", or "text" for the text twins of sWUGGY and sBLIMP.
+        pairs: modality pairs that will be scored of a cross-modal benchmark.
+        story: which StoryCloze spoken stories are; their files do not say.
+    """
+    found = []
+    for layout, place in find_gold(folder):
+        split = place.name if place.name in SPLITS else None
+        found.append(Found(layout.name, place, split, partial(read_gold, layout, place, modality)))
+    if found or not folder.is_dir():
+        return found
+    if is_salmon(folder):
+        return [Found("salmon", folder, None, partial(read_salmon, folder))]
+    if is_cross_modal(folder):
+        read = partial(read_cross_modal, folder, pairs=pairs)
+        return [Found("cross-modal-storycloze", folder, None, read)]
+    if is_storycloze(folder):
+        return [Found(story, folder, None, partial(read_storycloze, folder, story))]
+    names = [name for name in RENAMED if is_renamed(folder, name)]
+    return [Found(name, folder, None, partial(read_renamed, folder, name)) for name in names]
+
+
+def open_benchmark(
+    folder: Path,
+    task: str = "auto",
+    *,
+    split: str | None = None,
+    modality: Modality = "speech",
+    pairs: Sequence[str] | None = None,
+) -> Benchmark:
+    """Reads a benchmark that is whole.
+
+    Args:
+        folder: a split, a folder of splits, a whole data set, or a folder of wavs.
+        task: one of `TASKS`, or "auto" where the folder holds one only.
+        split: "dev" or "test", where it holds both.
+        modality: "speech", or "text" for the text twins of sWUGGY and sBLIMP.
+        pairs: modality pairs that will be scored of a cross-modal benchmark, by default all four.
+
+    Raises:
+        BenchmarkError: something is missing, has no partner or cannot be read; says all that is.
+        ValueError: the folder holds no such benchmark, or several.
+    """
+    if task != "auto" and task not in TASKS:
+        raise ValueError(f"task is {task!r}: choose one of auto, {', '.join(TASKS)}")
+    if modality not in MODALITIES:
+        raise ValueError(f"modality is {modality!r}: choose one of {', '.join(MODALITIES)}")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give the folder of a benchmark")
+    story = task if task in STORYCLOZE else "storycloze"
+    there = find_benchmarks(folder, modality=modality, pairs=pairs, story=story)
+    fitting = [found for found in there if task in ("auto", found.task) and split in (None, found.split)]
+    if not fitting:
+        holds = ", ".join(map(_named, there)) or "nothing that is known"
+        wanted = " ".join(filter(None, ("benchmark" if task == "auto" else task, split)))
+        raise ValueError(f"{folder} holds no {wanted}, but {holds}: correct the folder, --task or --split")
+    if len(fitting) > 1:
+        raise ValueError(f"{folder} holds {', '.join(map(_named, fitting))}: choose one by --task and --split")
+    if modality == "text" and not (fitting[0].place / GOLD_FILE).is_file():
+        raise ValueError(f"modality is 'text', but {fitting[0].task} in this layout has no text column: leave it out")
+    faults: list[Fault] = []
+    benchmark = fitting[0].read(faults.append)
+    if faults:
+        raise BenchmarkError(fitting[0].place, faults)
+    return benchmark
+
+
+def _named(found: Found) -> str:
+    return f"{found.task} {found.split}" if found.split else found.task
+
+
+def check_benchmarks(folder: Path) -> Iterator[tuple[Found, Benchmark, list[Fault]]]:
+    """Reads every benchmark in a folder with all its audio, and says all that is wrong with each.
+
+    Args:
+        folder: as for `open_benchmark`.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    there = find_benchmarks(folder)
+    if not there:
+        raise ValueError(f"{folder} holds no benchmark that is known: {', '.join(TASKS)}")
+    for found in there:
+        faults: list[Fault] = []
+        benchmark = found.read(faults.append)
+        for path in benchmark.audio_files():
+            try:
+                load_audio(path, sample_rate_hz=_CHECK_RATE_HZ)
+            except AudioError as error:
+                if path.is_file():  # otherwise it is said already
+                    faults.append(Fault(str(path), str(error).removeprefix(f"{path} ")))
+        yield found, benchmark, faults
