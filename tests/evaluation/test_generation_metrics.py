@@ -179,7 +179,7 @@ def test_continuations_are_kept_and_gone_on_with(
             np.testing.assert_allclose(audio, again.audio, atol=1e-4)
             assert said["seconds"] == len(again.audio) / again.sample_rate_hz
 
-    with pytest.raises(ValueError, match="made with other settings .*'seed': 1.*give another output"):
+    with pytest.raises(ValueError, match=r"made with other settings .*'seed': 1.*give another output"):
         run(tmp_path / "whole", sampling=Sampling(to="speech", max_new_tokens=12, temperature=1.0, seed=1))
     with pytest.raises(ValueError, match="continues another prompt than one is now"):
         run(tmp_path / "whole", [Prompt("one", "w9")])

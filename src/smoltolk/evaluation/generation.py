@@ -433,7 +433,7 @@ def _rate(counts: Sequence[int], files: Sequence[dict[str, Any]]) -> dict[str, A
 
 
 def _perplexity(files: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """exp of the mean over files of each file's mean negative log-likelihood."""
+    """Exp of the mean over files of each file's mean negative log-likelihood."""
     scored = [file for file in files if file["nll"] is not None]
     reasons = [file["not_scored"] for file in files if file["nll"] is None]
     nll = estimate([file["nll"] for file in scored], [file["prompt"] for file in scored])
