@@ -180,7 +180,8 @@ class TextScorer:
 
     def __init__(self, model: str | Path, *, device: str | torch.device = "cpu") -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(model)
-        self._model = AutoModelForCausalLM.from_pretrained(model).to(device).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(model).eval()
+        self._model.to(device)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def __call__(self, text: str) -> float | str:
