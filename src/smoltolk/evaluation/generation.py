@@ -181,7 +181,7 @@ class TextScorer:
     def __init__(self, model: str | Path, *, device: str | torch.device = "cpu") -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._model = AutoModelForCausalLM.from_pretrained(model).eval()
-        self._model.to(device)  # type: ignore[arg-type]
+        self._model.to(device)
 
     @torch.no_grad()
     def __call__(self, text: str) -> float | str:
