@@ -24,6 +24,7 @@ def test_no_command_prints_the_help(capsys):
         (["train", "none.yaml"], "recipe none.yaml cannot be read"),
         (["evaluate", "none", "items.parquet", "--output", "out"], "none holds no config.json"),
         (["evaluate", "none", "items.parquet", "--output", "out", "--protocol", "best"], "protocol is 'best'"),
+        (["evaluate-generation", "none", "p.jsonl", "--to", "text", "--output", "out"], "none holds no config.json"),
         (["generate", "none", "--text", "a", "--to", "text"], "none holds no config.json"),
         (["generate", "none", "--text", "a", "--to", "speech"], "needs --output"),
         (["import-checkpoint", "none.pt", "out"], "source none.pt is not a file"),

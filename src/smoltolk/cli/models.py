@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 
@@ -94,6 +95,25 @@ def add_commands(commands: Any) -> None:
     analyze.add_argument("--device", default="cpu")
     analyze.add_argument("--no-progress", action="store_true", help="show no progress bar")
     analyze.set_defaults(run=_analyze)
+
+    continuing = commands.add_parser("evaluate-generation", help="continue prompts and measure what comes of it")
+    continuing.add_argument("model", type=Path, help="folder of a trained model")
+    continuing.add_argument("prompts", type=Path, help="JSONL or CSV manifest of prompts, or cloze items")
+    continuing.add_argument("--to", choices=("text", "speech"), required=True)
+    continuing.add_argument("--from", dest="modality", choices=("text", "speech"), help="where prompts have both")
+    continuing.add_argument("--output", type=Path, required=True, help="folder of the continuations and the result")
+    continuing.add_argument("--asr", help="folder or name of a Whisper or CTC model that hears the speech")
+    continuing.add_argument("--language", help='what is spoken, such as "en", for recognisers of many languages')
+    continuing.add_argument("--lm", help="folder or name of a text LM that scores the words")
+    continuing.add_argument("--max-new-tokens", type=int, default=256)
+    continuing.add_argument("--temperature", type=float, default=0.8, help="0 for the best token at each step")
+    continuing.add_argument("--top-k", type=int, default=0)
+    continuing.add_argument("--top-p", type=float, default=1.0)
+    continuing.add_argument("--seed", type=int, default=0)
+    continuing.add_argument("--samples", type=int, default=1, help="continuations of each prompt")
+    continuing.add_argument("--no-audio", action="store_true", help="write no WAV files")
+    continuing.add_argument("--device", default="cpu")
+    continuing.set_defaults(run=_evaluate_generation)
 
     generate = commands.add_parser("generate", help="continue a prompt of text and audio")
     generate.add_argument("model", type=Path, help="folder of a trained model")
@@ -324,6 +344,57 @@ def _print_wide(table: Table) -> None:
     """Prints a table; in a file nothing has to be folded."""
     console = Console()
     (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def _evaluate_generation(options: argparse.Namespace) -> None:
+    from smoltolk.evaluation.generation import Sampling, TextScorer, evaluate_generation, load_prompts
+    from smoltolk.evaluation.results import checkpoint_fingerprint
+    from smoltolk.generation.pipeline import SmolTolkPipeline
+    from smoltolk.speech.asr import Transcriber
+
+    names = ("to", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "samples")
+    sampling = Sampling(**{name: getattr(options, name) for name in names})
+    if options.language is not None and options.asr is None:
+        raise ValueError(f"language is {options.language!r}, but there is no recogniser: give --asr, or leave it out")
+    pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
+    prompts = load_prompts(options.prompts, pipeline.speech_tokenizer, modality=options.modality)
+    with Progress(console=Console(stderr=True)) as bars:
+        task = bars.add_task("continue prompts", total=len(prompts) * sampling.samples)
+        result = evaluate_generation(
+            pipeline,
+            prompts,
+            options.output,
+            sampling,
+            transcriber=options.asr and Transcriber(options.asr, device=options.device, language=options.language),
+            scorer=options.lm and TextScorer(options.lm, device=options.device),
+            keep_audio=not options.no_audio,
+            record={
+                "checkpoint": checkpoint_fingerprint(options.model),
+                "asr": options.asr,
+                "language": options.language,
+                "lm": options.lm,
+            },
+            progress=lambda done: bars.advance(task, done),
+        )
+    Console().print(_generation_table(result))
+    print(options.output / "result.json")
+
+
+def _generation_table(result: dict[str, Any]) -> Table:
+    """The metrics that there are, one in a row."""
+    table = Table("metric", "n", "value", "95 % interval", title=result["protocol"])
+    diversity = result["diversity"] or {"without_words": 0}
+    rows = {name: result[name] for name in ("empty", "never_ending", "units_per_second", "words_per_second")}
+    rows |= {name: diversity[name] for name in diversity if name != "without_words"}
+    rows |= {name: result[name] for name in ("word_error_rate", "generative_perplexity")}
+    for name, found in rows.items():
+        if found is None:
+            continue
+        value = next((found[key] for key in ("mean", "value", "rate", "perplexity") if key in found), None)
+        low_high = "–" if found["interval"] is None else "{:.4g} … {:.4g}".format(*found["interval"])
+        n = found.get("n", found.get("num_words", found.get("nll", {}).get("n")))
+        table.add_row(name, str(n), "–" if value is None else f"{value:.4g}", low_high)
+    return table
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from transformers.generation.streamers import BaseStreamer
 from smoltolk.generation.sampling import continue_ids
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import load_audio, save_wav
-from smoltolk.speech.units import SpeechTokenizer, load_speech_tokenizer
+from smoltolk.speech.units import SpeechTokenizer, Units, load_speech_tokenizer
 from smoltolk.speech.vocoder import Vocoder, load_vocoder
 
-PromptPart = str | Path | np.ndarray
+PromptPart = str | Path | np.ndarray | Units
 _LONGEST_WORD = 30  # characters; what is longer is a script without spaces
 
 
@@ -34,6 +34,8 @@ class Continuation:
         audio: the units as audio (samples,) float32, when there is a vocoder.
         sample_rate_hz: rate of the audio.
         parts: the runs of text and of speech in their order, where the model changed the modality itself.
+        has_ended: whether the model ended it, and not the largest number of tokens; None where it is not known, in a
+            piece of a stream or one of `parts`.
     """
 
     text: str | None = None
@@ -41,6 +43,7 @@ class Continuation:
     audio: np.ndarray | None = None
     sample_rate_hz: int | None = None
     parts: "tuple[Continuation, ...]" = ()
+    has_ended: bool | None = None
 
     def save(self, path: str | Path) -> None:
         """Writes the audio as a WAV file.
@@ -116,8 +119,8 @@ class SmolTolkPipeline:
         """Continues a prompt.
 
         Args:
-            prompt: parts in order: text (str), an audio file (Path), or audio at the speech tokenizer's rate
-                (samples,) float32.
+            prompt: parts in order: text (str), an audio file (Path), audio at the speech tokenizer's rate
+                (samples,) float32, or what the tokenizer made of it (Units).
             to: "text" or "speech"; None lets a model decide that predicts the switch.
             max_new_tokens: longest continuation, in text tokens and units.
             sampling: `min_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `use_cache`, `lengths` of
@@ -129,13 +132,16 @@ class SmolTolkPipeline:
         """
         ids = self.prompt_ids(prompt, to=to)
         row = torch.tensor([ids], device=self.model.device)
-        sampling |= {"max_new_tokens": min(self._room(ids), max_new_tokens), "can_switch": to is None}
+        most = min(self._room(ids), max_new_tokens)
+        sampling |= {"max_new_tokens": most, "can_switch": to is None}
         (new,) = continue_ids(self.model, row, **sampling)
+        has_ended = len(new) < most
         if to is None:
             switch = self.model.ids.switch_id
             runs = [list(run) for is_switch, run in groupby(new, lambda token: token == switch) if not is_switch]
-            return self._join([self._continuation(run, run[0] >= self.model.ids.speech_offset) for run in runs])
-        return self._continuation(new, to == "speech")
+            joined = self._join([self._continuation(run, run[0] >= self.model.ids.speech_offset) for run in runs])
+            return replace(joined, has_ended=has_ended)
+        return replace(self._continuation(new, to == "speech"), has_ended=has_ended)
 
     def stream(
         self,
@@ -251,8 +257,10 @@ class SmolTolkPipeline:
         """Ids of a text, without special tokens."""
         return self.text_tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def speech_ids(self, audio: Path | np.ndarray) -> list[int]:
-        """Ids of an audio file, or of audio at the tokenizer's rate."""
+    def speech_ids(self, audio: Path | np.ndarray | Units) -> list[int]:
+        """Ids of an audio file, of audio at the tokenizer's rate, or of units."""
+        if isinstance(audio, Units):
+            return (audio.units + self.model.ids.speech_offset).tolist()
         if self.speech_tokenizer is None:
             raise ValueError("the prompt holds audio, but the model was kept without a speech tokenizer: give one")
         rate = self.speech_tokenizer.sample_rate_hz

@@ -129,7 +129,7 @@ def resynthesize_files(
     }
     if transcriber is not None:
         results["word_error_rate"] = {
-            name: _total([file[name] for file in files if file[name] is not None])
+            name: total_word_errors([file[name] for file in files if file[name] is not None])
             for name in ("original", "resynthesised")
         }
     return results
@@ -146,8 +146,12 @@ def _compare(text: str | None, heard: str, heard_again: str) -> dict[str, Any]:
     }
 
 
-def _total(counts: list[dict[str, int]]) -> dict[str, Any] | None:
-    """All errors with their rate; None where nothing was counted."""
+def total_word_errors(counts: list[dict[str, int]]) -> dict[str, Any] | None:
+    """All errors of files with their "rate" and the 95 % "interval" of it; None where nothing was counted.
+
+    Args:
+        counts: the fields of `WordErrors` of each file.
+    """
     errors = [WordErrors(**count) for count in counts]
     total = sum(errors, WordErrors(0, 0, 0, 0))
     if total.num_words == 0:
