@@ -83,14 +83,14 @@ def load_batches(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from drawn
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError, EOFError) as error:
         if num_workers:
             batches.check_files()  # what a process that died of it could not say
-        if "DataLoader worker (pid" not in str(error):
+        if not num_workers or str(error).startswith("Caught"):  # so torch hands on what a living process has raised
             raise
         raise ChildProcessError(
-            f"a process that drew batches has died ({error}): run the same command to go on; if it dies again, it may "
-            "be short of memory: lower loader_workers"
+            f"a process that drew batches has died ({type(error).__name__}: {error}): run the same command to go on; if "
+            "it dies again, it may be short of memory: lower loader_workers"
         ) from error
 
 
