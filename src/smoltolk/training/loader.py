@@ -89,8 +89,8 @@ def load_batches(
         if not num_workers or str(error).startswith("Caught"):  # so torch hands on what a living process has raised
             raise
         raise ChildProcessError(
-            f"a process that drew batches has died ({type(error).__name__}: {error}): run the same command to go on; if "
-            "it dies again, it may be short of memory: lower loader_workers"
+            f"a process that drew batches has died ({type(error).__name__}: {error}): run the same command to go on; "
+            "if it dies again, it may be short of memory: lower loader_workers"
         ) from error
 
 
