@@ -121,6 +121,11 @@ class Run:
         else:
             self._wait_for(f".{MODEL_FOLDER}.tmp")
             time.sleep(chance.uniform(0, 0.005))
+        if (
+            aim == "export" and self._process.poll() == 0
+        ):  # the moment was missed: a finished run writes the model again
+            self.start().kill(aim, chance)
+            return
         if self._process.poll() is not None:
             raise RuntimeError(f"the run ended before a kill: more --steps are needed ({len(self._read_lines())} done)")
         has_stepped = self._has_stepped()

@@ -64,7 +64,7 @@ def train(folder: Path, options: argparse.Namespace) -> tuple[np.ndarray, int]:
         if not samples or seconds - samples[-1][0] >= options.sample_s:
             workers = sum(own_memory_mib(worker.pid) for worker in active_children())
             samples.append((seconds, own_memory_mib(os.getpid()), workers))
-        if seconds >= 60 * options.minutes:
+        if seconds >= 60 * options.minutes and len(samples) >= QUARTERS:
             signal.raise_signal(signal.SIGINT)
 
     with suppress(TrainingStopped):

@@ -363,8 +363,11 @@ def test_a_full_disk_leaves_nothing_half_written_and_names_the_path(tmp_path):
 def test_a_forked_process_that_outlives_its_parent_does_not_hold_its_lock(tmp_path):
     with contextlib.ExitStack() as parent:
         parent.enter_context(lock(tmp_path))
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        context = multiprocessing.get_context("fork")
+        runs, sender = context.Pipe(duplex=False)
+        child = context.Process(target=lambda: (sender.send(True), time.sleep(60)))
         child.start()
+        runs.recv()
         with pytest.raises(ValueError, match="is being written by another process"), lock(tmp_path):
             pass
     try:

@@ -248,10 +248,11 @@ def test_a_process_that_drew_batches_and_died_is_told_and_the_run_is_saved(
 
     def kill(metrics):
         if metrics["step"] == 3:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGKILL)
 
     with pytest.raises(
-        ChildProcessError, match=r"a process that drew batches has died .*: run the same command to go on"
+        ChildProcessError, match=r"a process that drew batches has died \(.*\): run the same command to go on"
     ):
         run(settings, on_step=kill)
     assert load_state(list_checkpoints(tmp_path / "checkpoints")[-1]).step == curve(tmp_path)[-1]["step"]

@@ -83,15 +83,14 @@ def load_batches(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from drawn
-    except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
+    except (RuntimeError, ValueError, OSError, EOFError) as error:
         if num_workers:
             batches.check_files()  # what a process that died of it could not say
-        is_cut_off = isinstance(error, ConnectionError | EOFError)  # it died while its batch was handed over
-        if not is_cut_off and "DataLoader worker (pid" not in str(error):
+        if not num_workers or str(error).startswith("Caught"):  # so torch hands on what a living process has raised
             raise
         raise ChildProcessError(
-            f"a process that drew batches has died ({error}): run the same command to go on; if it dies again, it may "
-            "be short of memory: lower loader_workers"
+            f"a process that drew batches has died ({type(error).__name__}: {error}): run the same command to go on; "
+            "if it dies again, it may be short of memory: lower loader_workers"
         ) from error
 
 
