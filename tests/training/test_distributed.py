@@ -246,8 +246,8 @@ def one_rank_misses_a_shard(rank, settings):
 def some_rows_are_not_finite(rank, settings):
     forward = Trainer._forward
 
-    def poisoned(trainer, batch, num_labels=None):
-        output = forward(trainer, batch, num_labels)
+    def poisoned(trainer, batch, num_labels=None, *more):
+        output = forward(trainer, batch, num_labels, *more)
         if num_labels is not None and rank == 1:
             output.loss = output.loss * float("nan")
         return output

@@ -81,7 +81,10 @@ def lock(folder: Path) -> Iterator[None]:
             for leftover in folder.glob(pattern):  # of a writer that was killed
                 if leftover.is_file():
                     leftover.unlink()
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # also for a process just forked, which has not closed the file yet
 
 
 @contextlib.contextmanager

@@ -120,7 +120,7 @@ def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console)
         return {"lanes": run_lanes(lanes, folder / "logs")}
 
     make_data(miniature, steps)
-    steps.run("training", "train and evaluate SmolTolk, with distillation too, and early fusion", train_and_evaluate)
+    steps.run("training", "train and evaluate the models", train_and_evaluate)
     steps.run("text-alone", "evaluate the text backbone alone", lambda: _evaluate_backbone(miniature))
     steps.run("analysis", "analyse the layer weights", lambda: _analyse(miniature))
     steps.run("prompts", "continue prompts in all four directions", lambda: _continue_prompts(miniature, settings))

@@ -71,7 +71,13 @@ class Trainer:
         self.ranks = join_ranks(recipe.device)
         self._check_shares()
         self._stores: dict[str, Store] = {}
-        self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.backbone)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.backbone)
+        except OSError as error:
+            raise ValueError(
+                f"backbone {recipe.model.backbone} cannot be read ({str(error).splitlines()[0]}): give a folder "
+                "with a text LM and its tokenizer, or the name of one that can be downloaded"
+            ) from error
         self.model = self._make_model()
         self._lora_size = lora_size(self.model)
         self._check_companions()
