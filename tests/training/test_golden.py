@@ -35,7 +35,7 @@ def test_twenty_steps_have_the_losses_they_always_had(tiny_world, tmp_path):
     found = twenty_steps(tiny_world, tmp_path)
     assert len(found) == len(golden) == 20
     for ours, theirs in zip(found, golden, strict=True):
-        # Two threads, AVX2 or plain SSE instead of AVX-512 made 9e-7 in a loss and 5e-6 in a norm.
+        # Two threads, or AVX2 in the place of AVX-512, made 9e-7 in a loss and 5e-6 in a norm.
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=5e-5 if name == "grad_norm" else 1e-5), (ours["step"], name)
 
