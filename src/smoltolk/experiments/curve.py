@@ -8,6 +8,7 @@ from typing import Any
 from smoltolk.evaluation.tasks import PAIRS, ClozeItem, evaluate_cloze, load_cloze
 from smoltolk.experiments.ablation import CurveSettings
 from smoltolk.generation.pipeline import SmolTolkPipeline
+from smoltolk.speech.audio import write_atomically
 from smoltolk.training.trainer import METRICS_FILE, Trainer, read_metrics
 
 CURVE_FILE = "curve.jsonl"
@@ -41,8 +42,7 @@ class Curve:
         accuracy = {pair: result.accuracy(pair=pair).accuracy for pair in CURVE_PAIRS}
         seconds = sum(line["seconds"] for line in read_metrics(self.trainer.output / METRICS_FILE))
         line = {"step": step, "tokens": metrics["tokens"], "seconds": seconds, "accuracy": accuracy}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        write_atomically(self.path, "".join(json.dumps(point) + "\n" for point in (*known, line)).encode())
 
 
 def spread(items: Sequence[ClozeItem], couples: int) -> list[ClozeItem]:

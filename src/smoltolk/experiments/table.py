@@ -1,6 +1,5 @@
 """The table of an ablation: means over seeds, differences to the base variant, what each run cost."""
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -245,8 +244,8 @@ def _reached(results: dict[str, Any]) -> Section:
         curves = [run["curve"] for run in (found or {"runs": []})["runs"] if run["curve"]]
         if row["budget"] != "tokens" or not curves:
             continue
-        cells = [["\n".join(_first(curves, pair, share) for pair in CURVE_PAIRS)] for share in shares]
-        rows.append([row["variant"], _setting(row), "\n".join(CURVE_PAIRS), *itertools.chain(*cells)])
+        cells = ["\n".join(_first(curves, pair, share) for pair in CURVE_PAIRS) for share in shares]
+        rows.append([row["variant"], _setting(row), "\n".join(CURVE_PAIRS), *cells])
     return "Tokens and seconds to reach a share of right answers", columns, rows
 
 
