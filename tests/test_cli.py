@@ -8,7 +8,7 @@ import yaml
 from tests.conftest import tiny_recipe
 
 from smoltolk import cli
-from smoltolk.evaluation.results import checkpoint_fingerprint
+from smoltolk.model.fingerprint import checkpoint_fingerprint
 
 PARITY = Path(__file__).parent / "parity"
 

@@ -11,8 +11,8 @@ from tests.conftest import NUM_UNITS, SPEECH_CARD, TEXT_VOCAB, tiny_lm_config, t
 from smoltolk import cli
 from smoltolk.evaluation import pairs
 from smoltolk.evaluation.protocols import AUTHORS_CROSS_MODAL
-from smoltolk.evaluation.results import checkpoint_fingerprint
 from smoltolk.evaluation.tasks import PAIRS, ClozeItem, cloze_task, evaluate_cloze, load_cloze, save_cloze
+from smoltolk.model.fingerprint import checkpoint_fingerprint
 from smoltolk.speech.audio import AudioError, save_wav
 
 

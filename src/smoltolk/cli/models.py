@@ -222,10 +222,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     from smoltolk.evaluation.benchmarks.reading import open_benchmark
     from smoltolk.evaluation.pairs import score_task
     from smoltolk.evaluation.protocols import CONTINUATION, find_protocol
-    from smoltolk.evaluation.results import cells, checkpoint_fingerprint
+    from smoltolk.evaluation.results import cells
     from smoltolk.evaluation.scoring import ScoringSettings
     from smoltolk.evaluation.tasks import cloze_task, load_cloze
     from smoltolk.generation.pipeline import SmolTolkPipeline
+    from smoltolk.model.fingerprint import checkpoint_fingerprint
 
     named = None if options.protocol is None else find_protocol(options.protocol)
     prefix = {"num_prefix_tokens": options.prefix_tokens, "prefix_seed": options.prefix_seed}
@@ -348,8 +349,8 @@ def _print_wide(table: Table) -> None:
 
 def _evaluate_generation(options: argparse.Namespace) -> None:
     from smoltolk.evaluation.generation import Sampling, TextScorer, evaluate_generation, load_prompts
-    from smoltolk.evaluation.results import checkpoint_fingerprint
     from smoltolk.generation.pipeline import SmolTolkPipeline
+    from smoltolk.model.fingerprint import checkpoint_fingerprint
     from smoltolk.speech.asr import Transcriber
 
     names = ("to", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "samples")
@@ -444,8 +445,9 @@ def _import_checkpoint(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from smoltolk.evaluation.results import checkpoint_fingerprint, read_result
+    from smoltolk.evaluation.results import read_result
     from smoltolk.model.export import export_model
+    from smoltolk.model.fingerprint import checkpoint_fingerprint
 
     checkpoint = checkpoint_fingerprint(options.model) if options.results else ""
     results = [read_result(path, checkpoint) for path in options.results]

@@ -19,6 +19,7 @@ from smoltolk.demo.backbone import BackboneSettings
 from smoltolk.demo.world import CLOZE_KINDS
 from smoltolk.evaluation.results import bootstrap
 from smoltolk.evaluation.tasks import PAIRS
+from smoltolk.pictures import data_uri
 from smoltolk.speech.audio import write_atomically
 from smoltolk.training.watching import read_metrics
 
@@ -223,16 +224,10 @@ def _sound(path: Path) -> str:
     return "data:audio/mpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _picture(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _accuracy_picture(summary: dict[str, Any]) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), CLOZE_KINDS, strict=True):
         for i, (name, pairs) in enumerate(summary.items()):
             shown = [(x, pairs[pair][kind]) for x, pair in enumerate(PAIRS) if pair in pairs]
@@ -251,13 +246,13 @@ def _accuracy_picture(summary: dict[str, Any]) -> str:
         axes.set_ylim(0, 105)
     figure.axes[0].set_ylabel("accuracy %")
     figure.axes[0].legend(loc="lower left", fontsize=8)
-    return _picture(figure)
+    return data_uri(figure)
 
 
 def _curves_picture(results: Sequence[dict[str, Any]]) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4))
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     shown = (
         ("speech_loss", "training loss, speech"),
         ("text_loss", "training loss, text"),
@@ -278,14 +273,13 @@ def _curves_picture(results: Sequence[dict[str, Any]]) -> str:
         axes.set_xlabel("million tokens")
     figure.axes[0].legend(fontsize=8)
     figure.axes[0].set_ylabel("nats per label")
-    figure.tight_layout()
-    return _picture(figure)
+    return data_uri(figure)
 
 
 def _weights_picture(analysis: dict[str, Any]) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
     panels = (
         (left, analysis["after_switch"], "units read since the switch to speech"),
@@ -298,5 +292,4 @@ def _weights_picture(analysis: dict[str, Any]) -> str:
         axes.set_xlabel(label)
         axes.set_ylabel("backbone level")
         figure.colorbar(image, ax=axes)
-    figure.tight_layout()
-    return _picture(figure)
+    return data_uri(figure)

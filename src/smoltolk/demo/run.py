@@ -23,10 +23,10 @@ from smoltolk.demo.data import FRESH_SEED, DataSettings, Miniature, Steps, make_
 from smoltolk.demo.data import QUICK as QUICK_DATA
 from smoltolk.demo.data import SMALL as SMALL_DATA
 from smoltolk.demo.speech import speak
-from smoltolk.evaluation.results import checkpoint_fingerprint
 from smoltolk.evaluation.tasks import PAIRS, evaluate_cloze, load_cloze
 from smoltolk.experiments.lanes import Lane, run_lanes
 from smoltolk.generation.pipeline import SmolTolkPipeline
+from smoltolk.model.fingerprint import checkpoint_fingerprint
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import save_wav, write_atomically
 from smoltolk.training.config import load_recipe, make_recipe

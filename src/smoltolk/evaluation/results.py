@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 import smoltolk
 from smoltolk.evaluation.protocols import Protocol
-from smoltolk.model.fingerprint import checkpoint_fingerprint as checkpoint_fingerprint
 from smoltolk.speech.audio import write_atomically
 
 NUM_BOOTSTRAP = 2000

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from smoltolk.evaluation.results import checkpoint_fingerprint
 from smoltolk.evaluation.tasks import evaluate_cloze, load_cloze
 from smoltolk.experiments.ablation import RATE, CurveSettings, Value, setting_name
 from smoltolk.experiments.curve import CURVE_FILE, Curve
 from smoltolk.generation.pipeline import SmolTolkPipeline
+from smoltolk.model.fingerprint import checkpoint_fingerprint
 from smoltolk.speech.audio import write_atomically
 from smoltolk.training.config import Recipe, make_recipe
 from smoltolk.training.distributed import join_ranks
