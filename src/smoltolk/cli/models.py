@@ -29,6 +29,16 @@ def add_commands(commands: Any) -> None:
     report.add_argument("--output", type=Path, default=Path("report.html"))
     report.set_defaults(run=_report, resume_hint="stopped; nothing was written")
 
+    scaling = commands.add_parser("scaling", help="fit loss and accuracy of runs against compute, with intervals")
+    scaling.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="FOLDER or NAME=FOLDER; without NAME the architecture decides what belongs together",
+    )
+    scaling.add_argument("--output", type=Path, default=Path("scaling.html"), help="HTML page; JSON beside it")
+    scaling.set_defaults(run=_scaling, resume_hint="stopped")
+
     plan = commands.add_parser("plan", help="say what a recipe needs: parameters, tokens, FLOPs, memory, hours")
     plan.add_argument("recipe", type=Path, help="YAML recipe")
     plan.add_argument("--gpus", type=int, default=1)
@@ -186,6 +196,21 @@ def _report(options: argparse.Namespace) -> None:
     from smoltolk.training.report import write_report
 
     print(write_report(options.runs, options.output))
+
+
+def _scaling(options: argparse.Namespace) -> None:
+    from smoltolk.experiments.scaling import compare_scaling
+    from smoltolk.experiments.scaling_page import tables, write_page
+
+    scaling = compare_scaling(options.runs)
+    for title, columns, rows in tables(scaling):
+        table = Table(*columns, title=title)
+        for row in rows:
+            table.add_row(*row)
+        _print_wide(table)
+    for note in scaling.notes:
+        print(f"note: {note}")
+    print(write_page(scaling, options.output))
 
 
 def _plan(options: argparse.Namespace) -> None:

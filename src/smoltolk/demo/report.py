@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ import pyarrow.parquet as pq
 import scipy.stats
 import soundfile
 from rich.table import Table
-from safetensors import safe_open
 
 from smoltolk.demo.backbone import BackboneSettings
 from smoltolk.demo.world import CLOZE_KINDS
 from smoltolk.evaluation.results import bootstrap
 from smoltolk.evaluation.tasks import PAIRS
+from smoltolk.model.fingerprint import num_parameters
 from smoltolk.pictures import data_uri
 from smoltolk.speech.audio import write_atomically
 from smoltolk.training.watching import read_metrics
@@ -61,15 +60,6 @@ def collect(
     }
     result["differences"] = {f"{ours} - {theirs}": _differences(folder, ours, theirs) for ours, theirs in COMPARISONS}
     return result
-
-
-def num_parameters(folder: Path) -> int:
-    """Number of weights in a model folder's safetensors files."""
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="np") as weights:
-            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return total
 
 
 def _differences(folder: Path, our_name: str, their_name: str) -> dict[str, dict[str, dict[str, float]]]:
