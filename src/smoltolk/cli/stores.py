@@ -1,4 +1,4 @@
-"""Commands for stores: check, preview, import of the authors' data."""
+"""Commands for stores and benchmarks: check, preview, spoken cloze items, import of the authors' data."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from rich.table import Table
 
 def add_commands(commands: Any) -> None:
     """Adds the commands of this part to the subparsers of the command line."""
-    data = commands.add_parser("data", help="stores: check, preview, import of the authors' data")
+    data = commands.add_parser("data", help="check, preview, spoken cloze items, import of the authors' data")
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     check = actions.add_parser("check", help="read a whole store or benchmark and say what is wrong or odd")
@@ -37,6 +37,18 @@ def add_commands(commands: Any) -> None:
     preview.add_argument("--vocoder", type=Path, help="folder of a vocoder that speaks the units")
     preview.add_argument("--audio-folder", type=Path, help="folder of the recordings, to play them")
     preview.set_defaults(run=_preview, resume_hint="stopped; nothing was written")
+
+    cloze = actions.add_parser("speak-cloze", help="make a cross-modal benchmark from texts: speak prompts and endings")
+    cloze.add_argument(
+        "texts", type=Path, help="CSV or JSONL of id, prompt_text, true_text, false_text; or Story Cloze"
+    )
+    cloze.add_argument("--output", type=Path, required=True, help="folder of the benchmark")
+    cloze.add_argument(
+        "--tts", metavar="COMMAND", help="such as 'tts --out {output} {text}'; default: built-in espeak-ng"
+    )
+    cloze.add_argument("--voice", nargs="+", default=[], help="voices, one for each item; for COMMAND what {voice} is")
+    cloze.add_argument("--jobs", type=int, default=1, help="commands that run at once")
+    cloze.set_defaults(run=_speak_cloze)
 
     importing = actions.add_parser("import-authors", help="make a store from data in the authors' layout")
     importing.add_argument("source", type=Path, help="folder of a dataset, with a folder for each kind of tokens")
@@ -117,6 +129,17 @@ def _check_benchmarks(options: argparse.Namespace) -> None:
     if faulty:
         raise ValueError(f"{options.store} has faults: {', '.join(faulty)}")
     print("no faults", file=sys.stderr if options.json else sys.stdout)
+
+
+def _speak_cloze(options: argparse.Namespace) -> None:
+    from smoltolk.evaluation.benchmarks.spoken_cloze import read_cloze_texts, speak_cloze
+
+    items = read_cloze_texts(options.texts)
+    made = speak_cloze(items, options.output, tts=options.tts, voices=options.voice, jobs=options.jobs)
+    print(
+        f"{options.output}: {made.items} items, {made.num_spoken} texts spoken ({made.seconds / 60:.1f} min), "
+        f"{made.num_kept} kept"
+    )
 
 
 def _preview(options: argparse.Namespace) -> None:
