@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from smoltolk.evaluation.benchmarks.benchmark import MODALITIES, Benchmark, BenchmarkError, Fault, Modality
+from smoltolk.evaluation.benchmarks.benchmark import (
+    MODALITIES,
+    BenchmarkError,
+    ClozeBenchmark,
+    Fault,
+    Modality,
+    PairBenchmark,
+)
 from smoltolk.evaluation.benchmarks.cross_modal import is_cross_modal, read_cross_modal
 from smoltolk.evaluation.benchmarks.numbered import (
     RENAMED,
@@ -17,10 +24,13 @@ from smoltolk.evaluation.benchmarks.numbered import (
     read_salmon,
     read_storycloze,
 )
+from smoltolk.evaluation.benchmarks.token_cloze import TokenClozeBenchmark, is_token_cloze, read_token_cloze
 from smoltolk.evaluation.benchmarks.zerospeech import GOLD_FILE, SPLITS, find_gold, read_gold
+from smoltolk.evaluation.tasks import PAIRS
 from smoltolk.speech.audio import AudioError, load_audio
 
 TASKS = ("swuggy", "sblimp", "prosaudit", *STORYCLOZE, "cross-modal-storycloze", "salmon")
+Benchmark = PairBenchmark | ClozeBenchmark | TokenClozeBenchmark
 _CHECK_RATE_HZ = 16_000  # any will do
 
 
@@ -60,6 +70,8 @@ def find_benchmarks(
         return found
     if is_salmon(folder):
         return [Found("salmon", folder, None, partial(read_salmon, folder))]
+    if is_token_cloze(folder):
+        return [Found("cross-modal-storycloze", folder, None, partial(read_token_cloze, folder))]
     if is_cross_modal(folder):
         read = partial(read_cross_modal, folder, pairs=pairs)
         return [Found("cross-modal-storycloze", folder, None, read)]
@@ -94,6 +106,8 @@ def open_benchmark(
         raise ValueError(f"task is {task!r}: choose one of auto, {', '.join(TASKS)}")
     if modality not in MODALITIES:
         raise ValueError(f"modality is {modality!r}: choose one of {', '.join(MODALITIES)}")
+    if wrong := [pair for pair in pairs or () if pair not in PAIRS]:
+        raise ValueError(f"pair is {wrong[0]!r}: choose from {', '.join(PAIRS)}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the folder of a benchmark")
     story = task if task in STORYCLOZE else "storycloze"
