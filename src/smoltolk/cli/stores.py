@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +114,20 @@ def _check_benchmarks(options: argparse.Namespace) -> None:
     if given := [key for key in ("speech_tokenizer", "text_tokenizer") if getattr(options, key)]:
         raise ValueError(f"{given[0]} is given, but {options.store} is a benchmark, which has no tokens: leave it out")
     faulty, records = [], []
-    for found, benchmark, faults in check_benchmarks(options.store):
+    for checked in check_benchmarks(options.store):
+        found, count = checked.found, checked.benchmark.num_sequences()
         name = f"{found.task} {found.split}" if found.split else found.task
-        count = benchmark.num_sequences()
         about = {"task": found.task, "split": found.split, "folder": str(found.place), "sequences": count}
-        records.append(about | {"faults": [{"where": fault.where, "what": fault.what} for fault in faults]})
+        findings = {"faults": checked.faults, "notes": checked.notes}
+        records.append(about | {key: [asdict(fault) for fault in some] for key, some in findings.items()})
         if not options.json:
-            print(f"{found.place}: {name}, {count} sequences, {len(faults)} faults")
-            for fault in faults:
+            print(f"{found.place}: {name}, {count} sequences, {len(checked.faults)} faults")
+            for fault in checked.faults:
                 print(f"  {fault}")
-        if faults:
-            faulty.append(f"{name} ({len(faults)})")
+            for note in checked.notes:
+                print(f"  note: {note}")
+        if checked.faults:
+            faulty.append(f"{name} ({len(checked.faults)})")
     if options.json:
         print(json.dumps(records, indent=1, ensure_ascii=False))
     if faulty:

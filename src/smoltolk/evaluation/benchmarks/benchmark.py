@@ -1,6 +1,7 @@
 """What a benchmark is once it is read, whatever its layout, and the errors of those that are not whole."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,10 @@ class PairBenchmark:
     def num_sequences(self, pairs: Sequence[str] | None = None) -> int:
         """How many sequences are scored."""
         return 2 * len(self.pairs)
+
+    def sizes(self) -> dict[str, int]:
+        """Number of pairs in each part; all in "" where there are no parts."""
+        return dict(Counter(pair.labels.get("part", "") for pair in self.pairs))
 
     def audio_files(self) -> list[Path]:
         """Every audio file of the benchmark."""
@@ -222,6 +227,10 @@ class ClozeBenchmark:
     def num_sequences(self, pairs: Sequence[str] | None = None) -> int:
         """How many sequences are scored in so many modality pairs."""
         return 2 * len(self.stimuli) * len(PAIRS if pairs is None else pairs)
+
+    def sizes(self) -> dict[str, int]:
+        """Number of items of each kind."""
+        return dict(Counter(stimuli.kind for stimuli in self.stimuli))
 
     def audio_files(self) -> list[Path]:
         """Every audio file of the benchmark."""

@@ -82,6 +82,10 @@ class TokenClozeBenchmark:
         """How many sequences are scored in so many modality pairs."""
         return 2 * len(self.rows) * len(PAIRS if pairs is None else pairs)
 
+    def sizes(self) -> dict[str, int]:
+        """Number of items, which are all of one kind."""
+        return {"cloze": len(self.rows)}
+
     def audio_files(self) -> list[Path]:
         """No files: the audio is tokens already."""
         return []
@@ -217,9 +221,8 @@ def _read_tokens(folder: Path, num_rows: int, report: Callable[[Fault], None]) -
     if meta.get("eos", end_token) != end_token:
         report(Fault(str(folder), f"meta.pkl says eos {meta['eos']}, but samples end with {end_token}"))
     if len(samples) != num_rows:
-        report(
-            Fault(str(folder), f"has {len(samples)} samples, the manifest {num_rows} rows: they do not belong together")
-        )
+        what = f"has {len(samples)} samples, but the manifest {num_rows} rows: they do not belong together"
+        report(Fault(str(folder), what))
         return None
     for row, sample in enumerate(samples):
         if not len(sample):
