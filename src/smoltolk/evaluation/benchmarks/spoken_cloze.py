@@ -12,8 +12,9 @@ A text that is done is not spoken again; one that has changed is.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,9 +203,12 @@ def speak_cloze(
         waiting = [part for part in parts if not part.is_done()]
         failures, seconds = [], 0.0
         columns = (TextColumn("speak texts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not progress) as bar:
+        with (
+            closing(_make_all(waiting, speak, jobs)) as outcomes,  # so that nothing is written after the lock
+            Progress(*columns, disable=not progress) as bar,
+        ):
             task = bar.add_task("speak texts", total=len(parts), completed=len(parts) - len(waiting))
-            for count, outcome in enumerate(_make_all(waiting, speak, jobs), start=1):
+            for count, outcome in enumerate(outcomes, start=1):
                 if isinstance(outcome, str):
                     failures.append(outcome)
                     if count == len(failures) == _TRIED:
@@ -272,7 +276,7 @@ def _agree(folder: Path, settings: Mapping[str, Any], ids: set[str]) -> None:
         )
 
 
-def _make_all(parts: Iterable[_Part], speak: Speak, jobs: int) -> Iterator[float | str]:
+def _make_all(parts: Iterable[_Part], speak: Speak, jobs: int) -> Generator[float | str, None, None]:
     """Seconds of each text, or why it cannot be spoken, as they come."""
     if jobs == 1:
         for part in parts:
