@@ -106,6 +106,10 @@ def test_what_cannot_be_told_is_not_guessed(tmp_path):
     write_tokens(folder / "other", UNITS, NUM_UNITS)
     with pytest.raises(ValueError, match="has 2 folders with units of the model"):
         task_of(folder)
+    (folder / "other" / "test.bin").unlink()
+    (folder / "smollm" / "test.bin").unlink()
+    with pytest.raises(ValueError, match="ends its samples with 20, which ends units and text of the model"):
+        task_of(folder, pipeline(eos_token_id=NUM_UNITS))
 
 
 def test_every_item_has_one_prompt_and_two_endings(tmp_path):
