@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import SPEECH_CARD, TEXT_VOCAB, tiny_text_tokenizer
 
 from smoltolk import cli
-from smoltolk.data.authors import import_authors, read_meta
+from smoltolk.data.authors import import_authors, read_meta, read_samples
 from smoltolk.data.check import Limits, check_store
 from smoltolk.data.store import MANIFEST, Store
 from smoltolk.data.text import encode_words, tokenizer_fingerprint
@@ -390,3 +390,19 @@ def test_the_command_imports_with_a_card_or_numbers_of_its_own(tmp_path, capsys,
     command[3] = str(tmp_path / "other")
     assert cli.main(command) == 1
     assert "card.json is not the card of a speech tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("len_type", ["uint16", "uint32", "int64"])
+def test_samples_are_read_without_knowing_their_tokenizer(tmp_path, len_type):
+    some = talks(5)
+    folder = write_dataset(tmp_path, some, "test", len_type=len_type)
+    samples, end = read_samples(folder / "mhubert25hzl11", "test")
+    assert end == EOS
+    for sample, talk in zip(samples, some, strict=True):
+        np.testing.assert_array_equal(sample, talk.units)
+    path = folder / "mhubert25hzl11" / "test.bin"
+    tokens = np.fromfile(path, dtype="int16")
+    tokens[-1] = 3
+    tokens.tofile(path)
+    with pytest.raises(ValueError, match="no width gives lengths that add up and end tokens all the same"):
+        read_samples(folder / "mhubert25hzl11", "test")

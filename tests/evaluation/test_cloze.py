@@ -14,6 +14,7 @@ from smoltolk.evaluation.protocols import AUTHORS_CROSS_MODAL
 from smoltolk.evaluation.tasks import PAIRS, ClozeItem, cloze_task, evaluate_cloze, load_cloze, save_cloze
 from smoltolk.model.fingerprint import checkpoint_fingerprint
 from smoltolk.speech.audio import AudioError, save_wav
+from smoltolk.speech.units import Units
 
 
 def encode_text(text):
@@ -176,6 +177,33 @@ def test_items_that_cannot_be_used_are_refused(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         load_cloze(path)
+
+
+def test_ids_of_text_take_the_place_of_texts_and_have_no_place_in_files(tmp_path, model):
+    given = items(count=2)
+    ids = {part: np.array(encode_text(getattr(given[0], f"{part}_text"))) for part in ("prompt", "true", "false")}
+    same = replace(given[0], prompt_text=None, true_text="1", text_ids=ids)
+    assert same.has("S→T")
+    plain, other = (list(cloze_task(model, [item, given[1]], encode_text).items) for item in (given[0], same))
+    for before, after in zip(plain, other, strict=True):
+        np.testing.assert_array_equal(before.positive.prompt, after.positive.prompt)
+        np.testing.assert_array_equal(before.positive.continuation, after.positive.continuation)
+    with pytest.raises(ValueError, match="item i0 has text_ids"):
+        save_cloze(tmp_path / "items.parquet", [same], None)
+
+
+def test_a_manifest_says_how_much_audio_is_tokenized(tmp_path):
+    class Encoder(FakeTokenizer):
+        def encode(self, audio):
+            return Units(np.arange(2), np.ones(2, dtype=int))
+
+    for name in "ab":
+        save_wav(tmp_path / f"{name}.wav", np.sin(np.arange(8000)).astype(np.float32), 16000)
+    (tmp_path / "items.jsonl").write_text(json.dumps({"id": "1", "prompt_audio": "a.wav", "true_audio": "b.wav"}))
+    counts = []
+    (item,) = load_cloze(tmp_path / "items.jsonl", Encoder(), tokenized=counts.append)
+    assert counts == [1, 1]
+    assert item.true_units.tolist() == [0, 1]
 
 
 def test_a_missing_file_and_an_unknown_pair_are_refused(tmp_path, model):

@@ -144,6 +144,8 @@ def test_kept_scores_of_something_else_are_refused(model, tmp_path):
     for change, message in (
         ({"checkpoint": "def"}, "scores with checkpoint 'abc', not 'def'"),
         ({"protocol": AUTHORS}, "scores with protocol 'salmon', not 'authors'"),
+        ({"settings": ScoringSettings(batch_size=3)}, "scores with batch_size 48, not 3"),
+        ({"settings": ScoringSettings(max_batch_tokens=99)}, "scores with max_batch_tokens 16384, not 99"),
         ({"settings": ScoringSettings(autocast=True)}, "scores with precision 'float32', not 'float32, autocast"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,7 @@
 """Generation: the cache is exact, modalities are kept, prompts are checked."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,12 @@ from tests.conftest import (
     tiny_model,
     tiny_text_tokenizer,
 )
+from tests.speech.models import tiny_hubert_tokenizer
 
 from smoltolk.generation.pipeline import SmolTolkPipeline
 from smoltolk.generation.sampling import RunLengths, continue_ids, next_is_speech
 from smoltolk.speech.audio import AudioError
+from smoltolk.speech.mel import MelTokenizer
 from smoltolk.speech.units import SpeechTokenizer, Units
 
 
@@ -248,3 +252,15 @@ def test_a_model_that_never_learnt_to_switch_cannot_decide(pipeline):
 def test_a_stream_without_a_modality_is_refused(pipeline):
     with pytest.raises(ValueError, match="to is None: a stream has one modality"):
         next(pipeline.stream("w1", to=None))
+
+
+def test_the_speech_tokenizer_computes_where_the_model_does(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_text_tokenizer().save_pretrained(tmp_path)
+    tiny_hubert_tokenizer().save(tmp_path / "speech_tokenizer")
+    pipeline = SmolTolkPipeline.from_pretrained(tmp_path, device="meta")  # which is there on every machine
+    assert pipeline.model.device.type == pipeline.speech_tokenizer.device.type == "meta"
+    mel = MelTokenizer.fit([tone(1.0)], num_units=2)
+    shutil.rmtree(tmp_path / "speech_tokenizer")
+    mel.save(tmp_path / "speech_tokenizer")  # it has no network, and nothing warns of that
+    assert SmolTolkPipeline.from_pretrained(tmp_path, device="meta").speech_tokenizer.fingerprint == mel.fingerprint

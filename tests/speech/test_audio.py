@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from smoltolk.speech.audio import AudioError, load_audio, save_wav, write_atomically
+from smoltolk.speech.audio import AudioError, load_audio, load_native_audio, save_wav, write_atomically
 
 RATE_HZ = 16_000
 
@@ -208,3 +208,12 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(
         write_atomically(path, b"new")
     assert os.listdir(tmp_path) == ["file"]
     assert path.read_bytes() == b"old"
+
+
+def test_audio_can_keep_its_own_sampling_rate() -> None:
+    stereo = np.stack([tone(rate_hz=11_000), tone(rate_hz=11_000)], axis=1)
+    audio, rate_hz = load_native_audio(encoded(stereo, 11_000, format="FLAC"))
+    assert rate_hz == 11_000
+    np.testing.assert_allclose(audio, tone(rate_hz=11_000), atol=1e-4)
+    with pytest.raises(AudioError, match="is silent"):
+        load_native_audio(encoded(np.zeros(8000)))

@@ -161,3 +161,11 @@ def test_a_data_folder_without_phonemes_is_refused_before_the_engine_starts(
     monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(tmp_path))
     with pytest.raises(RuntimeError, match="no phontab: reinstall"):
         synthesis._Engine()
+
+
+def test_any_text_can_be_spoken_without_word_times() -> None:
+    synthesizer = EspeakSynthesizer()
+    audio, sample_rate_hz = synthesizer.speak_freely("He owed $10,000 & left in 1984...")
+    assert (audio.dtype, sample_rate_hz) == (np.float32, 22050)
+    assert len(audio) > 2 * sample_rate_hz  # the numbers are read out
+    assert 0.1 < np.abs(audio).max() <= 1

@@ -269,17 +269,23 @@ def _evaluate(options: argparse.Namespace) -> None:
         key, value = next(iter(chosen.items()))
         raise ValueError(f"--{key} is {value}, but {options.items} is no folder of a benchmark: leave it out")
     pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
-    if benchmark is None:
-        protocol = replace(named or CONTINUATION, **prefix)
-        items = load_cloze(options.items, pipeline.speech_tokenizer)
-        task = cloze_task(pipeline.model, items, pipeline.text_ids, pairs=pairs, protocol=protocol)
-        total = 2 * len(items) * len({average.group for average in task.averages})
-    else:
-        protocol = replace(named or benchmark.protocol, **prefix)
-        task = benchmark.task(pipeline, pairs=pairs, protocol=protocol)
-        total = benchmark.num_sequences(pairs)
     checkpoint = checkpoint_fingerprint(options.model)
     with Progress(console=Console(stderr=True), transient=True) as bar:
+        files = None if benchmark is None else len(benchmark.audio_files())
+        encoding = bar.add_task("audio files tokenized", total=files, visible=False)  # until there is one
+
+        def tokenized(count: int) -> None:
+            bar.update(encoding, advance=count, visible=True)
+
+        if benchmark is None:
+            protocol = replace(named or CONTINUATION, **prefix)
+            items = load_cloze(options.items, pipeline.speech_tokenizer, tokenized=tokenized)
+            task = cloze_task(pipeline.model, items, pipeline.text_ids, pairs=pairs, protocol=protocol)
+            total = 2 * len(items) * len({average.group for average in task.averages})
+        else:
+            protocol = replace(named or benchmark.protocol, **prefix)
+            task = benchmark.task(pipeline, pairs=pairs, protocol=protocol, tokenized=tokenized)
+            total = benchmark.num_sequences(pairs)
         scored = bar.add_task("sequences scored", total=total)
         result = score_task(
             pipeline.model,

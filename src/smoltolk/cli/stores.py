@@ -1,8 +1,9 @@
-"""Commands for stores: check, preview, import of the authors' data."""
+"""Commands for stores and benchmarks: check, preview, spoken cloze items, import of the authors' data."""
 
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 def add_commands(commands: Any) -> None:
     """Adds the commands of this part to the subparsers of the command line."""
-    data = commands.add_parser("data", help="stores: check, preview, import of the authors' data")
+    data = commands.add_parser("data", help="check, preview, spoken cloze items, import of the authors' data")
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     check = actions.add_parser("check", help="read a whole store or benchmark and say what is wrong or odd")
@@ -37,6 +38,18 @@ def add_commands(commands: Any) -> None:
     preview.add_argument("--vocoder", type=Path, help="folder of a vocoder that speaks the units")
     preview.add_argument("--audio-folder", type=Path, help="folder of the recordings, to play them")
     preview.set_defaults(run=_preview, resume_hint="stopped; nothing was written")
+
+    cloze = actions.add_parser("speak-cloze", help="make a cross-modal benchmark from texts: speak prompts and endings")
+    cloze.add_argument(
+        "texts", type=Path, help="CSV or JSONL of id, prompt_text, true_text, false_text; or Story Cloze"
+    )
+    cloze.add_argument("--output", type=Path, required=True, help="folder of the benchmark")
+    cloze.add_argument(
+        "--tts", metavar="COMMAND", help="such as 'tts --out {output} {text}'; default: built-in espeak-ng"
+    )
+    cloze.add_argument("--voice", nargs="+", default=[], help="voices, one for each item; for COMMAND what {voice} is")
+    cloze.add_argument("--jobs", type=int, default=1, help="commands that run at once")
+    cloze.set_defaults(run=_speak_cloze)
 
     importing = actions.add_parser("import-authors", help="make a store from data in the authors' layout")
     importing.add_argument("source", type=Path, help="folder of a dataset, with a folder for each kind of tokens")
@@ -101,22 +114,36 @@ def _check_benchmarks(options: argparse.Namespace) -> None:
     if given := [key for key in ("speech_tokenizer", "text_tokenizer") if getattr(options, key)]:
         raise ValueError(f"{given[0]} is given, but {options.store} is a benchmark, which has no tokens: leave it out")
     faulty, records = [], []
-    for found, benchmark, faults in check_benchmarks(options.store):
+    for checked in check_benchmarks(options.store):
+        found, count = checked.found, checked.benchmark.num_sequences()
         name = f"{found.task} {found.split}" if found.split else found.task
-        count = benchmark.num_sequences()
         about = {"task": found.task, "split": found.split, "folder": str(found.place), "sequences": count}
-        records.append(about | {"faults": [{"where": fault.where, "what": fault.what} for fault in faults]})
+        findings = {"faults": checked.faults, "notes": checked.notes}
+        records.append(about | {key: [asdict(fault) for fault in some] for key, some in findings.items()})
         if not options.json:
-            print(f"{found.place}: {name}, {count} sequences, {len(faults)} faults")
-            for fault in faults:
+            print(f"{found.place}: {name}, {count} sequences, {len(checked.faults)} faults")
+            for fault in checked.faults:
                 print(f"  {fault}")
-        if faults:
-            faulty.append(f"{name} ({len(faults)})")
+            for note in checked.notes:
+                print(f"  note: {note}")
+        if checked.faults:
+            faulty.append(f"{name} ({len(checked.faults)})")
     if options.json:
         print(json.dumps(records, indent=1, ensure_ascii=False))
     if faulty:
         raise ValueError(f"{options.store} has faults: {', '.join(faulty)}")
     print("no faults", file=sys.stderr if options.json else sys.stdout)
+
+
+def _speak_cloze(options: argparse.Namespace) -> None:
+    from smoltolk.evaluation.benchmarks.spoken_cloze import read_cloze_texts, speak_cloze
+
+    items = read_cloze_texts(options.texts)
+    made = speak_cloze(items, options.output, tts=options.tts, voices=options.voice, jobs=options.jobs)
+    print(
+        f"{options.output}: {made.items} items, {made.num_spoken} texts spoken ({made.seconds / 60:.1f} min), "
+        f"{made.num_kept} kept"
+    )
 
 
 def _preview(options: argparse.Namespace) -> None:

@@ -250,6 +250,25 @@ def read_meta(path: str | Path) -> dict[str, float]:
     return stack[0]
 
 
+def read_samples(folder: str | Path, stem: str) -> tuple[list[np.ndarray], int]:
+    """Samples of a folder of tokens, whatever they are tokens of; see the module for the files.
+
+    The width of the numbers is the one with which lengths add up and all samples end with the same token.
+
+    Args:
+        folder: the folder.
+        stem: name of the files, such as "test".
+
+    Returns:
+        The tokens of each sample without its end token, int64 (num_tokens,), and the end token.
+
+    Raises:
+        ValueError: a file is missing, lengths do not add up, or samples do not end with the same token.
+    """
+    tokens = _Tokens("any", Path(folder), stem, None, 0, {})
+    return [tokens.tokens[start:end].astype(np.int64) for start, end in tokens.ranges()], tokens.eos
+
+
 def _since(marks: list[int], stack: list[Any]) -> list[Any]:
     """Take everything since the last mark from the stack."""
     mark = marks.pop()
@@ -372,17 +391,20 @@ class _TextFolder:
 class _Tokens:
     """Tokens of all utterances of a split, mapped into memory, with the width of their numbers found."""
 
-    def __init__(self, kind: str, folder: Path, stem: str, eos: int, vocab_size: int, types: Mapping[str, str]) -> None:
+    def __init__(
+        self, kind: str, folder: Path, stem: str, eos: int | None, vocab_size: int, types: Mapping[str, str]
+    ) -> None:
         self._kind, self._folder, self._stem, self._types = kind, folder, stem, types
         self.widths: dict[str, str] = {}
-        self.eos = eos
         fits = []
         for tokens, lengths in product(self._maps("bin"), self._maps("len")):
             if np.iinfo(tokens.dtype).max >= vocab_size - 1 and _add_up(lengths, len(tokens)):
                 ends = np.cumsum(lengths[:_NUM_LOOKED_AT], dtype=np.int64)
-                if (tokens[ends - 1] == eos).all():
+                if (tokens[ends - 1] == (tokens[ends[0] - 1] if eos is None else eos)).all():
                     fits.append((tokens, lengths))
-        self.tokens, self.lengths = self._only(fits, ("bin", "len"), f"lengths that add up and end tokens {eos}")
+        which = "all the same" if eos is None else eos
+        self.tokens, self.lengths = self._only(fits, ("bin", "len"), f"lengths that add up and end tokens {which}")
+        self.eos = int(self.tokens[int(self.lengths[0]) - 1])
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{self._stem}.{name}"

@@ -107,6 +107,8 @@ def score_task(
         "precision": precision,
         "truncates_prompts": settings.truncates_prompts,
         "chunk_items": settings.chunk_items,
+        "batch_size": settings.batch_size,  # batches of other sizes round otherwise: chunks of both do not mix
+        "max_batch_tokens": settings.max_batch_tokens,
         "checkpoint": checkpoint,
     }
     chunks = None if folder is None else _open_chunks(folder, identity)

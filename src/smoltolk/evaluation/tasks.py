@@ -1,8 +1,8 @@
 """StoryCloze-type tasks: which of two endings follows a prompt, in all four modality pairs."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,8 @@ class ClozeItem:
         prompt_units: the prompt as units (num_units,), None when there are none.
         true_units: the true ending as units.
         false_units: the false ending as units.
+        text_ids: ids of the model's text tokenizer by part ("prompt", "true", "false"), which are then scored in the
+            place of the texts.
     """
 
     id: str
@@ -48,24 +50,42 @@ class ClozeItem:
     prompt_units: np.ndarray | None = None
     true_units: np.ndarray | None = None
     false_units: np.ndarray | None = None
+    text_ids: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def has(self, pair: str) -> bool:
         """Whether the item has what the pair needs."""
-        prompt, ending = (("units" if side == "S" else "text") for side in pair.split("→"))
-        needed = [f"prompt_{prompt}", f"true_{ending}", f"false_{ending}"]
-        return all(getattr(self, name) is not None for name in needed)
+        prompt, ending = pair.split("→")
+        return all(self._has_part(part, ending if part != "prompt" else prompt) for part in PARTS)
+
+    def _has_part(self, part: str, side: str) -> bool:
+        if side == "S":
+            return getattr(self, f"{part}_units") is not None
+        return part in self.text_ids or getattr(self, f"{part}_text") is not None
+
+    def ids_of_text(self, part: str, encode_text: Callable[[str], list[int]]) -> np.ndarray:
+        """Ids of a part ("prompt", "true", "false") as text, (num_tokens,) int64."""
+        found = self.text_ids[part] if part in self.text_ids else encode_text(getattr(self, f"{part}_text") or "")
+        return np.asarray(found, dtype=np.int64)
 
 
 _SCHEMA = pa.schema(
     [
-        pa.field(field.name, pa.list_(pa.uint16()) if field.name.endswith("_units") else pa.string())
-        for field in fields(ClozeItem)
+        pa.field(column.name, pa.list_(pa.uint16()) if column.name.endswith("_units") else pa.string())
+        for column in fields(ClozeItem)
+        if column.name != "text_ids"
     ]
 )
 
 
 def save_cloze(path: Path, items: Iterable[ClozeItem], speech_fingerprint: str | None) -> None:
-    """Writes items as Parquet, with the fingerprint of the tokenizer that made the units; atomic."""
+    """Writes items as Parquet, with the fingerprint of the tokenizer that made the units; atomic.
+
+    Raises:
+        ValueError: an item has ids of text, which the file has no place for.
+    """
+    items = list(items)
+    if odd := [item.id for item in items if item.text_ids]:
+        raise ValueError(f"item {odd[0]} has text_ids, which {path} has no place for: give its texts")
     schema = _SCHEMA.with_metadata({"smoltolk.speech_tokenizer_fingerprint": json.dumps(speech_fingerprint)})
     table = pa.Table.from_pylist([asdict(item) for item in items], schema=schema)
     sink = pa.BufferOutputStream()
@@ -73,7 +93,12 @@ def save_cloze(path: Path, items: Iterable[ClozeItem], speech_fingerprint: str |
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
-def load_cloze(path: str | Path, speech_tokenizer: SpeechTokenizer | None = None) -> list[ClozeItem]:
+def load_cloze(
+    path: str | Path,
+    speech_tokenizer: SpeechTokenizer | None = None,
+    *,
+    tokenized: Callable[[int], None] | None = None,
+) -> list[ClozeItem]:
     """Reads items from Parquet (units inside) or from a JSONL or CSV manifest (audio files beside it).
 
     A manifest has the columns `id`, `prompt_text`, `true_text`, `false_text`, `prompt_audio`, `true_audio`,
@@ -83,6 +108,7 @@ def load_cloze(path: str | Path, speech_tokenizer: SpeechTokenizer | None = None
     Args:
         path: the file.
         speech_tokenizer: what makes units of audio; its fingerprint must be that of stored units.
+        tokenized: called with the number of audio files that were tokenized since the last call.
 
     Raises:
         ValueError: a file that cannot be used, a column that is missing, or units of another tokenizer.
@@ -91,9 +117,10 @@ def load_cloze(path: str | Path, speech_tokenizer: SpeechTokenizer | None = None
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"items {path} is not a file: give a Parquet, JSONL or CSV file of cloze items")
-    items = (
-        _from_parquet(path, speech_tokenizer) if path.suffix == ".parquet" else _from_manifest(path, speech_tokenizer)
-    )
+    if path.suffix == ".parquet":
+        items = _from_parquet(path, speech_tokenizer)
+    else:
+        items = _from_manifest(path, speech_tokenizer, tokenized)
     if not items:
         raise ValueError(f"items {path} holds no items")
     if len({item.id for item in items}) < len(items):
@@ -114,7 +141,9 @@ def _from_parquet(path: Path, speech_tokenizer: SpeechTokenizer | None) -> list[
     return [ClozeItem(**row) for row in table.select(_SCHEMA.names).to_pylist()]
 
 
-def _from_manifest(path: Path, speech_tokenizer: SpeechTokenizer | None) -> list[ClozeItem]:
+def _from_manifest(
+    path: Path, speech_tokenizer: SpeechTokenizer | None, tokenized: Callable[[int], None] | None
+) -> list[ClozeItem]:
     items = []
     for number, row in enumerate(read_manifest(path), start=1):
         if not row.get("id"):
@@ -127,6 +156,8 @@ def _from_manifest(path: Path, speech_tokenizer: SpeechTokenizer | None) -> list
                     raise ValueError(f"items {path} name audio, but the model has no speech tokenizer")
                 waveform = load_audio(path.parent / audio, sample_rate_hz=speech_tokenizer.sample_rate_hz)
                 item[f"{part}_units"] = speech_tokenizer.encode(waveform).units
+                if tokenized is not None:
+                    tokenized(1)
         items.append(ClozeItem(**item))
     return items
 
@@ -143,7 +174,7 @@ def make_candidate(
     def part_ids(name: str, side: str) -> np.ndarray:
         if side == "S":
             return np.asarray(getattr(item, f"{name}_units"), dtype=np.int64) + ids.speech_offset
-        return np.array(encode_text(getattr(item, f"{name}_text")), dtype=np.int64)
+        return item.ids_of_text(name, encode_text)
 
     prompt_side, ending_side = pair.split("→")
     prompt, continuation = part_ids("prompt", prompt_side), part_ids(ending, ending_side)
@@ -209,8 +240,8 @@ def _prefix(
         raise ValueError("num_prefix_tokens takes the text of other items, and there is only one")
     generator = np.random.default_rng([protocol.prefix_seed, number])
     other = items[(number + 1 + int(generator.integers(len(items) - 1))) % len(items)]
-    text = (other.true_text, other.false_text)[int(generator.integers(2))]
-    return np.array([*encode_text(text or ""), ids.end_of_text_id][-protocol.num_prefix_tokens :], dtype=np.int64)
+    ending = other.ids_of_text(("true", "false")[int(generator.integers(2))], encode_text)
+    return np.append(ending, ids.end_of_text_id)[-protocol.num_prefix_tokens :]
 
 
 def _content(item: ClozeItem) -> str:

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from smoltolk.generation.sampling import continue_ids
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import load_audio, save_wav
+from smoltolk.speech.neural import NeuralTokenizer
 from smoltolk.speech.units import SpeechTokenizer, Units, load_speech_tokenizer
 from smoltolk.speech.vocoder import Vocoder, load_vocoder
 
@@ -91,6 +92,10 @@ class SmolTolkPipeline:
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "SmolTolkPipeline":
         """Loads the folder that training made: model, tokenizers, vocoder.
 
+        Args:
+            folder: the folder.
+            device: where the model, the network of the speech tokenizer and that of the vocoder compute.
+
         Raises:
             ValueError: the folder does not exist, or holds no such model.
         """
@@ -101,6 +106,8 @@ class SmolTolkPipeline:
         model = SmolTolkForCausalLM.from_pretrained(folder)
         model.to(device)  # type: ignore[arg-type]
         speech_tokenizer = load_speech_tokenizer(speech) if speech.is_dir() else None
+        if isinstance(speech_tokenizer, NeuralTokenizer):
+            speech_tokenizer.to(device)
         return cls(
             model,
             AutoTokenizer.from_pretrained(folder),

@@ -65,6 +65,20 @@ def load_audio(
     return _as_one_channel(channels, rate_hz, sample_rate_hz, name)
 
 
+def load_native_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
+    """Read audio as one channel at its own sampling rate, which is returned too; otherwise as `load_audio`.
+
+    Returns:
+        Float32 (samples,), at least 0.1 s, and the sampling rate in Hz.
+
+    Raises:
+        AudioError: as `load_audio`.
+    """
+    data, name = _read_bytes(source)
+    channels, rate_hz = _decode(data, name)
+    return _as_one_channel(channels, rate_hz, rate_hz, name), rate_hz
+
+
 def load_part(
     source: str | Path | bytes, *, sample_rate_hz: int, start_s: float = 0.0, end_s: float | None = None
 ) -> np.ndarray:

@@ -101,12 +101,7 @@ class EspeakSynthesizer:
         """
         words = text.split()
         spoken, word_starts = _spoken_form(words)
-        with _ENGINE_LOCK, _interrupts_deferred():
-            engine = _the_engine()
-            engine.configure(self.voice, self.rate_wpm, self.pitch)
-            audio, events = engine.synthesize(spoken)
-        if not len(audio):
-            raise ValueError(f"voice {self.voice!r} gave no audio for {text[:80]!r}: choose another voice")
+        audio, events, sample_rate_hz = self._synthesize(spoken, text)
 
         # An event that starts inside a word (at a hyphen, say) is not a word of ours.
         event_samples = {e.text_position: e.sample for e in reversed(events) if e.type == _EVENT_WORD}
@@ -124,10 +119,35 @@ class EspeakSynthesizer:
             )
         return SpokenText(
             audio=audio.astype(np.float32) / 32768,
-            sample_rate_hz=engine.sample_rate_hz,
+            sample_rate_hz=sample_rate_hz,
             words=words,
-            word_ends_s=(ends / engine.sample_rate_hz).astype(np.float32),
+            word_ends_s=(ends / sample_rate_hz).astype(np.float32),
         )
+
+    def speak_freely(self, text: str) -> tuple[np.ndarray, int]:
+        """Speak any text as the engine reads it, numbers and signs too; there are no word times.
+
+        Args:
+            text: the text.
+
+        Returns:
+            Waveform in −1 … 1, float32 (samples,), and its sampling rate in Hz.
+
+        Raises:
+            ValueError: the engine gives no audio.
+        """
+        audio, _, sample_rate_hz = self._synthesize(text, text)
+        return audio.astype(np.float32) / 32768, sample_rate_hz
+
+    def _synthesize(self, spoken: str, text: str) -> tuple[np.ndarray, "list[_Event]", int]:
+        """The int16 audio (samples,) of what the engine is given for a text, its events, and the sampling rate."""
+        with _ENGINE_LOCK, _interrupts_deferred():
+            engine = _the_engine()
+            engine.configure(self.voice, self.rate_wpm, self.pitch)
+            audio, events = engine.synthesize(spoken)
+        if not len(audio):
+            raise ValueError(f"voice {self.voice!r} gave no audio for {text[:80]!r}: choose another voice")
+        return audio, events, engine.sample_rate_hz
 
 
 def _spoken_form(words: list[str]) -> tuple[str, list[int]]:

@@ -6,15 +6,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.conftest import NUM_UNITS, tiny_model, tiny_text_tokenizer
+from tests.conftest import NUM_UNITS, tiny_lm_config, tiny_model, tiny_text_tokenizer
 from tests.data.conftest import RATE_HZ, sound
 
 from smoltolk import cli
 from smoltolk.evaluation import pairs
+from smoltolk.evaluation.benchmarks import reading
 from smoltolk.evaluation.benchmarks.benchmark import BenchmarkError
 from smoltolk.evaluation.benchmarks.numbered import SALMON_PARTS
-from smoltolk.evaluation.benchmarks.reading import open_benchmark
+from smoltolk.evaluation.benchmarks.reading import check_benchmarks, open_benchmark
 from smoltolk.evaluation.pairs import score_task
+from smoltolk.evaluation.scoring import ScoringSettings
+from smoltolk.generation.pipeline import SmolTolkPipeline
 from smoltolk.speech.audio import save_wav
 from smoltolk.speech.mel import MelTokenizer
 from smoltolk.speech.units import Units
@@ -287,6 +290,83 @@ def test_cross_modal_stories_need_what_is_scored(tmp_path):
     assert len(open_benchmark(folder, pairs=["T→S"]).stimuli) == 2
 
 
+def test_cross_modal_names_and_pairs_that_do_not_exist_are_refused(tmp_path):
+    folder = cross_modal(tmp_path / "stories")
+    with pytest.raises(ValueError, match="pair is 'speech': choose from S→S, T→T, T→S, S→T"):
+        open_benchmark(folder, pairs=["S→S", "speech"])
+
+
+def test_a_model_without_a_speech_tokenizer_scores_texts_only(tmp_path, model):
+    pipeline = SmolTolkPipeline(model, tiny_text_tokenizer())
+    benchmark = open_benchmark(words(tmp_path / "dev"))
+    with pytest.raises(ValueError, match="swuggy is audio, but the model was kept without a speech tokenizer"):
+        benchmark.task(pipeline, protocol=benchmark.protocol)
+    stories = open_benchmark(cross_modal(tmp_path / "stories"))
+    with pytest.raises(ValueError, match="cross-modal-storycloze is audio, but the model was kept without"):
+        stories.task(pipeline, protocol=stories.protocol)
+    assert len(list(stories.task(pipeline, protocol=stories.protocol, pairs=["T→T"]).items)) == 2
+    twin = open_benchmark(tmp_path / "dev", modality="text")
+    assert len(list(twin.task(pipeline, protocol=twin.protocol).items)) == 4
+
+
+def test_audio_that_is_longer_than_the_context_is_named_not_cut(tmp_path):
+    tokenizer = MelTokenizer.fit([sound(seed) for seed in range(3)], num_units=NUM_UNITS)
+    model = tiny_model(lm_config=tiny_lm_config(max_position_embeddings=4))
+    pipeline = SmolTolkPipeline(model, tiny_text_tokenizer(), tokenizer)
+    benchmark = open_benchmark(words(tmp_path / "dev"))
+    for settings in (None, ScoringSettings(truncates_prompts=True)):  # there is no prompt to cut
+        task = benchmark.task(pipeline, protocol=benchmark.protocol)
+        with pytest.raises(ValueError, match=r"item 1 \(A, in\) has \d+ tokens, more than the model's 4 positions"):
+            score_task(model, task, protocol=benchmark.protocol, settings=settings)
+
+
+def test_audio_is_counted_as_it_is_tokenized(tmp_path, model):
+    counts = []
+    pipeline = SimpleNamespace(model=model, speech_tokenizer=Encoder(), text_ids=lambda text: [len(text)] * 3)
+    for benchmark in (open_benchmark(words(tmp_path / "dev")), open_benchmark(cross_modal(tmp_path / "stories"))):
+        task = benchmark.task(pipeline, protocol=benchmark.protocol, tokenized=counts.append)
+        assert len(list(task.items)) == 4 * (1 + (benchmark.name != "swuggy"))
+        assert sum(counts) == len(benchmark.audio_files())
+        counts.clear()
+
+
+def test_checks_note_texts_that_cannot_be_scored_and_parts_of_published_sets(tmp_path):
+    folder = words(tmp_path / "lexical" / "dev")
+    lines = (folder / "gold.csv").read_text().splitlines()
+    (folder / "gold.csv").write_text("\n".join([*lines[:2], lines[2].replace("w1", " "), *lines[3:]]))
+    write_gold(tmp_path / "syntactic" / "dev", SENTENCES[:-1], [])
+    (tmp_path / "syntactic" / "dev" / "gold.csv").write_text(",".join(SENTENCES[:-1]) + "\nx,1,A,a,b,1\ny,1,A,a,b,0\n")
+    write_wavs(tmp_path / "syntactic" / "dev", "x", "y")
+    found = {checked.found.task: checked for checked in check_benchmarks(tmp_path)}
+    assert [checked.faults for checked in found.values()] == [(), ()]
+    assert [str(note) for note in found["swuggy"].notes] == [
+        f"{folder}/gold.csv:3: word is empty, there is no text to score"
+    ]
+    lacks = f"{tmp_path}/syntactic/dev/gold.csv: lacks the column transcription: there are no texts to score"
+    assert [str(note) for note in found["sblimp"].notes] == [lacks]
+    write_wavs(tmp_path / "sSC", "0_a_correct", "1_a_incorrect")
+    (checked,) = check_benchmarks(tmp_path / "sSC")
+    assert [str(note) for note in checked.notes] == [f"{tmp_path}/sSC: holds 1 of the 1,871 pairs of the published set"]
+    cross_modal(tmp_path / "stories" / "tSC")
+    (checked,) = check_benchmarks(tmp_path / "stories")
+    assert [str(note) for note in checked.notes] == [
+        f"{tmp_path}/stories/tSC: holds 2 of the 1,871 pairs of the published set"
+    ]
+
+
+def test_checks_note_how_many_samples_a_part_of_salmon_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "NUM_SALMON_SAMPLES", 2)
+    counts = dict.fromkeys(SALMON_PARTS, 2) | {"bg_alignment": 1, "rir_consistency": 3}
+    for part, count in counts.items():  # numbers with gaps, as the published ones have
+        write_wavs(tmp_path / part, *(f"sample_{5 * i}_{j}" for i in range(count) for j in (0, 1)))
+    (checked,) = check_benchmarks(tmp_path)
+    assert checked.faults == ()
+    assert [str(note).removeprefix(f"{tmp_path}/") for note in checked.notes] == [
+        "bg_alignment: holds 1 of the 2 samples of the published set",
+        "rir_consistency: holds 3 samples, more than the 2 samples of the published set",
+    ]
+
+
 def test_what_a_folder_holds_is_said_where_it_is_not_clear(tmp_path):
     words(tmp_path / "lexical" / "dev")
     words(tmp_path / "lexical" / "test")
@@ -354,6 +434,7 @@ def test_data_check_lists_what_is_wrong_and_where(command, tmp_path, capsys):
     assert f"{here}/A2n.wav: " in output.out
     assert "has faults: swuggy dev (2)" in output.err
     assert cli.main(["data", "check", str(data), "--json"]) == 1
-    assert len(json.loads(capsys.readouterr().out)[0]["faults"]) == 2
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (len(record["faults"]), record["notes"]) == (2, [])
     assert cli.main(command) == 1
     assert f"{here}/A1w.wav is missing" in capsys.readouterr().err

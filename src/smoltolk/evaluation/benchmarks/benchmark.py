@@ -1,7 +1,8 @@
 """What a benchmark is once it is read, whatever its layout, and the errors of those that are not whole."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -111,18 +112,30 @@ class PairBenchmark:
         """How many sequences are scored."""
         return 2 * len(self.pairs)
 
+    def sizes(self) -> dict[str, int]:
+        """Number of pairs in each part; all in "" where there are no parts."""
+        return dict(Counter(pair.labels.get("part", "") for pair in self.pairs))
+
     def audio_files(self) -> list[Path]:
         """Every audio file of the benchmark."""
         stimuli = [stimulus for pair in self.pairs for stimulus in (pair.positive, pair.negative)]
         return [stimulus.content for stimulus in stimuli if isinstance(stimulus.content, Path)]
 
-    def task(self, pipeline: SmolTolkPipeline, *, protocol: Protocol, pairs: Sequence[str] | None = None) -> PairTask:
+    def task(
+        self,
+        pipeline: SmolTolkPipeline,
+        *,
+        protocol: Protocol,
+        pairs: Sequence[str] | None = None,
+        tokenized: Callable[[int], None] | None = None,
+    ) -> PairTask:
         """The task for a model; audio is tokenized when its turn has come, with the model's own speech tokenizer.
 
         Args:
             pipeline: the model with its tokenizers.
             protocol: how it will be scored.
             pairs: modality pairs, which this benchmark has not.
+            tokenized: called with the number of audio files that were tokenized since the last call.
 
         Raises:
             ValueError: the model has no speech tokenizer, or there are settings that only cloze tasks have.
@@ -134,13 +147,13 @@ class PairBenchmark:
                 f"num_prefix_tokens is {protocol.num_prefix_tokens}, but {self.name} has no prompts: leave it out"
             )
         _check_tokenizer(pipeline, self.name, bool(self.audio_files()))
-        return PairTask(self.name, self._items(pipeline), self.averages, self.split, self.is_cloze)
+        return PairTask(self.name, self._items(pipeline, tokenized), self.averages, self.split, self.is_cloze)
 
-    def _items(self, pipeline: SmolTolkPipeline) -> Iterator[PairItem]:
+    def _items(self, pipeline: SmolTolkPipeline, tokenized: Callable[[int], None] | None) -> Iterator[PairItem]:
         for start in range(0, len(self.pairs), _PAIRS_AT_ONCE):
             some = self.pairs[start : start + _PAIRS_AT_ONCE]
             stimuli = [stimulus.content for pair in some for stimulus in (pair.positive, pair.negative)]
-            ids = _encode(pipeline, stimuli)
+            ids = _encode(pipeline, stimuli, tokenized)
             for number, pair in enumerate(some):
                 positive, negative = (Candidate(np.zeros(0, dtype=np.int64), ids[2 * number + i]) for i in (0, 1))
                 about = "\n".join(_identity(content) for content in stimuli[2 * number : 2 * number + 2])
@@ -215,17 +228,29 @@ class ClozeBenchmark:
         """How many sequences are scored in so many modality pairs."""
         return 2 * len(self.stimuli) * len(PAIRS if pairs is None else pairs)
 
+    def sizes(self) -> dict[str, int]:
+        """Number of items of each kind."""
+        return dict(Counter(stimuli.kind for stimuli in self.stimuli))
+
     def audio_files(self) -> list[Path]:
         """Every audio file of the benchmark."""
         return [path for stimuli in self.stimuli for path in stimuli.audio.values()]
 
-    def task(self, pipeline: SmolTolkPipeline, *, protocol: Protocol, pairs: Sequence[str] | None = None) -> PairTask:
+    def task(
+        self,
+        pipeline: SmolTolkPipeline,
+        *,
+        protocol: Protocol,
+        pairs: Sequence[str] | None = None,
+        tokenized: Callable[[int], None] | None = None,
+    ) -> PairTask:
         """The task for a model; all audio is tokenized now, with the model's own speech tokenizer.
 
         Args:
             pipeline: the model with its tokenizers.
             protocol: how it will be scored.
             pairs: modality pairs; by default all four.
+            tokenized: called with the number of audio files that were tokenized since the last call.
 
         Raises:
             ValueError: the model has no speech tokenizer, or an item is empty.
@@ -237,7 +262,7 @@ class ClozeBenchmark:
         for stimuli in self.stimuli:
             found: dict[str, str | np.ndarray | None] = {f"{part}_text": stimuli.text.get(part) for part in PARTS}
             chosen = [part for part in PARTS if part in speech_parts]
-            ids = _encode(pipeline, [stimuli.audio[part] for part in chosen])
+            ids = _encode(pipeline, [stimuli.audio[part] for part in chosen], tokenized)
             offset = pipeline.model.ids.speech_offset
             found |= {f"{part}_units": some - offset for part, some in zip(chosen, ids, strict=True)}
             items.append(ClozeItem(stimuli.id, stimuli.kind, stimuli.id, **found))  # type: ignore[arg-type]
@@ -247,9 +272,6 @@ class ClozeBenchmark:
     def write_submission(self, folder: Path, result: TaskResult) -> Path | None:
         """Writes nothing: the Zero Resource Challenge has no such benchmark."""
         return None
-
-
-Benchmark = PairBenchmark | ClozeBenchmark
 
 
 def needs(part: str, modality: Modality, pairs: Sequence[str]) -> bool:
@@ -262,13 +284,17 @@ def _check_tokenizer(pipeline: SmolTolkPipeline, name: str, has_audio: bool) -> 
         raise ValueError(f"{name} is audio, but the model was kept without a speech tokenizer: score its text instead")
 
 
-def _encode(pipeline: SmolTolkPipeline, contents: Sequence[Path | str]) -> list[np.ndarray]:
+def _encode(
+    pipeline: SmolTolkPipeline, contents: Sequence[Path | str], tokenized: Callable[[int], None] | None
+) -> list[np.ndarray]:
     """Ids of texts, and of audio files, which are tokenized together."""
     paths = [content for content in contents if isinstance(content, Path)]
     units = iter(())
     if paths and (tokenizer := pipeline.speech_tokenizer) is not None:
         audios = [load_audio(path, sample_rate_hz=tokenizer.sample_rate_hz) for path in paths]
         units = iter([encoded.units + pipeline.model.ids.speech_offset for encoded in tokenizer.encode_batch(audios)])
+        if tokenized is not None:
+            tokenized(len(paths))
     return [
         next(units) if isinstance(content, Path) else np.array(pipeline.text_ids(content), dtype=np.int64)
         for content in contents

@@ -10,8 +10,14 @@ from pathlib import Path
 from smoltolk.evaluation.benchmarks.benchmark import ClozeBenchmark, ClozeStimuli, Fault, needs
 from smoltolk.evaluation.tasks import PAIRS
 
-_PARTS = {"prompt": "mutual", "true": "correct", "false": "incorrect"}
+PART_NAMES = {"prompt": "mutual", "true": "correct", "false": "incorrect"}
 _NAME = re.compile(r"(.+)_(mutual|correct|incorrect)\.(wav|txt)")
+
+
+def parse_name(name: str) -> tuple[str, str, str] | None:
+    """Base, part and suffix of a file's name; None for a name of another form."""
+    found = _NAME.fullmatch(name)
+    return found and (found[1], found[2], found[3])
 
 
 def is_cross_modal(folder: Path) -> bool:
@@ -41,7 +47,7 @@ def read_cross_modal(
                 report(Fault(str(here / name), "is no part: names are <base>_mutual.wav, _correct.wav, _incorrect.wav"))
         for base in bases:
             audio, text = {}, {}
-            for part, suffix in _PARTS.items():
+            for part, suffix in PART_NAMES.items():
                 if needs(part, "speech", pairs):
                     audio[part] = here / f"{base}_{suffix}.wav"
                     if audio[part].name not in names:

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from smoltolk.evaluation.benchmarks.benchmark import MODALITIES, Benchmark, BenchmarkError, Fault, Modality
+from smoltolk.evaluation.benchmarks.benchmark import (
+    MODALITIES,
+    BenchmarkError,
+    ClozeBenchmark,
+    Fault,
+    Modality,
+    PairBenchmark,
+)
 from smoltolk.evaluation.benchmarks.cross_modal import is_cross_modal, read_cross_modal
 from smoltolk.evaluation.benchmarks.numbered import (
     RENAMED,
@@ -17,10 +24,18 @@ from smoltolk.evaluation.benchmarks.numbered import (
     read_salmon,
     read_storycloze,
 )
-from smoltolk.evaluation.benchmarks.zerospeech import GOLD_FILE, SPLITS, find_gold, read_gold
+from smoltolk.evaluation.benchmarks.token_cloze import TokenClozeBenchmark, is_token_cloze, read_token_cloze
+from smoltolk.evaluation.benchmarks.zerospeech import GOLD_FILE, SPLITS, find_gold, read_gold, text_notes
+from smoltolk.evaluation.tasks import PAIRS
 from smoltolk.speech.audio import AudioError, load_audio
 
 TASKS = ("swuggy", "sblimp", "prosaudit", *STORYCLOZE, "cross-modal-storycloze", "salmon")
+Benchmark = PairBenchmark | ClozeBenchmark | TokenClozeBenchmark
+# Stories in the 2016 test set of the Story Cloze Test, by the card of huggingface.co/datasets/LSDSem/story_cloze; they
+# are what github.com/slp-rl/SpokenStoryCloze speaks.
+NUM_STORIES = 1871
+# In each part, by the card of huggingface.co/datasets/slprl/SALMon; its sample numbers go up to 363, with gaps.
+NUM_SALMON_SAMPLES = 200
 _CHECK_RATE_HZ = 16_000  # any will do
 
 
@@ -60,6 +75,8 @@ def find_benchmarks(
         return found
     if is_salmon(folder):
         return [Found("salmon", folder, None, partial(read_salmon, folder))]
+    if is_token_cloze(folder):
+        return [Found("cross-modal-storycloze", folder, None, partial(read_token_cloze, folder))]
     if is_cross_modal(folder):
         read = partial(read_cross_modal, folder, pairs=pairs)
         return [Found("cross-modal-storycloze", folder, None, read)]
@@ -94,6 +111,8 @@ def open_benchmark(
         raise ValueError(f"task is {task!r}: choose one of auto, {', '.join(TASKS)}")
     if modality not in MODALITIES:
         raise ValueError(f"modality is {modality!r}: choose one of {', '.join(MODALITIES)}")
+    if wrong := [pair for pair in pairs or () if pair not in PAIRS]:
+        raise ValueError(f"pair is {wrong[0]!r}: choose from {', '.join(PAIRS)}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the folder of a benchmark")
     story = task if task in STORYCLOZE else "storycloze"
@@ -118,8 +137,25 @@ def _named(found: Found) -> str:
     return f"{found.task} {found.split}" if found.split else found.task
 
 
-def check_benchmarks(folder: Path) -> Iterator[tuple[Found, Benchmark, list[Fault]]]:
-    """Reads every benchmark in a folder with all its audio, and says all that is wrong with each.
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """A benchmark with all that was found in it.
+
+    Args:
+        found: which it is.
+        benchmark: what can be used of it.
+        faults: what keeps it from being scored.
+        notes: what is odd, and does not.
+    """
+
+    found: Found
+    benchmark: Benchmark
+    faults: tuple[Fault, ...]
+    notes: tuple[Fault, ...]
+
+
+def check_benchmarks(folder: Path) -> Iterator[Checked]:
+    """Reads every benchmark in a folder with all its audio, and says all that is wrong or odd with each.
 
     Args:
         folder: as for `open_benchmark`.
@@ -130,6 +166,7 @@ def check_benchmarks(folder: Path) -> Iterator[tuple[Found, Benchmark, list[Faul
     there = find_benchmarks(folder)
     if not there:
         raise ValueError(f"{folder} holds no benchmark that is known: {', '.join(TASKS)}")
+    texts = {place: layout for layout, place in find_gold(folder)}
     for found in there:
         faults: list[Fault] = []
         benchmark = found.read(faults.append)
@@ -139,4 +176,23 @@ def check_benchmarks(folder: Path) -> Iterator[tuple[Found, Benchmark, list[Faul
             except AudioError as error:
                 if path.is_file():  # otherwise it is said already
                     faults.append(Fault(str(path), str(error).removeprefix(f"{path} ")))
-        yield found, benchmark, faults
+        notes = text_notes(texts[found.place], found.place) if found.place in texts else []
+        notes += _size_notes(found, benchmark)
+        yield Checked(found, benchmark, tuple(faults), tuple(notes))
+
+
+def _size_notes(found: Found, benchmark: Benchmark) -> list[Fault]:
+    """Parts whose number of items is not the published one: parts of sets are of use too."""
+    if found.task in STORYCLOZE or found.task == "cross-modal-storycloze":
+        known, what = NUM_STORIES, "pairs"
+    elif found.task == "salmon":
+        known, what = NUM_SALMON_SAMPLES, "samples"
+    else:
+        return []
+    notes = []
+    for part, count in sorted(benchmark.sizes().items()):
+        if count != known:
+            where = found.place / part if (found.place / part).is_dir() else found.place
+            some = f"{count:,} of the" if count < known else f"{count:,} {what}, more than the"
+            notes.append(Fault(str(where), f"holds {some} {known:,} {what} of the published set"))
+    return notes

@@ -123,20 +123,31 @@ def read_gold(layout: GoldLayout, place: Path, modality: Modality, report: Calla
     return PairBenchmark(name, place, tuple(pairs), averages, AUTHORS, split, submission=submission)
 
 
-def _read_rows(
-    layout: GoldLayout, place: Path, modality: Modality, report: Callable[[Fault], None]
-) -> list[tuple[int, Row]]:
-    """The rows that can be used, with their lines."""
+def text_notes(layout: GoldLayout, place: Path) -> list[Fault]:
+    """What keeps the texts of a split from being scored, which does not matter to its audio.
+
+    Args:
+        layout: its kind.
+        place: the folder of `gold.csv`.
+    """
+    if layout.text is None:
+        return []
     path = place / GOLD_FILE
-    needed = layout.columns + ((layout.text,) if modality == "text" and layout.text else ())
+    columns, rows = _read_cells(path, lambda fault: None)  # what is wrong with the file itself is said of the audio
+    if columns and layout.text not in columns:
+        return [Fault(str(path), f"lacks the column {layout.text}: there are no texts to score")]
+    what = f"{layout.text} is empty, there is no text to score"
+    return [Fault(f"{path}:{line}", what) for line, row in rows if not row[layout.text].strip()]
+
+
+def _read_cells(path: Path, report: Callable[[Fault], None]) -> tuple[list[str] | None, list[tuple[int, Row]]]:
+    """Columns, None if not even they can be read, and rows that have all of them, with their lines."""
+    columns: list[str] | None = None
     rows: list[tuple[int, Row]] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             columns = list(reader.fieldnames or [])
-            if missing := [column for column in needed if column not in columns]:
-                report(Fault(str(path), f"lacks the columns {', '.join(missing)}; it has {', '.join(columns)}"))
-                return []
             for cells in reader:
                 if None in cells or None in cells.values():
                     report(Fault(f"{path}:{reader.line_num}", f"does not have the {len(columns)} cells of the header"))
@@ -146,6 +157,21 @@ def _read_rows(
         report(Fault(str(path), f"is not UTF-8 (byte {error.start}): convert it"))
     except csv.Error as error:
         report(Fault(str(path), f"is not CSV ({error}): correct it"))
+    return columns, rows
+
+
+def _read_rows(
+    layout: GoldLayout, place: Path, modality: Modality, report: Callable[[Fault], None]
+) -> list[tuple[int, Row]]:
+    """The rows that can be used, with their lines."""
+    path = place / GOLD_FILE
+    needed = layout.columns + ((layout.text,) if modality == "text" and layout.text else ())
+    columns, rows = _read_cells(path, report)
+    if columns is None:
+        return []
+    if missing := [column for column in needed if column not in columns]:
+        report(Fault(str(path), f"lacks the columns {', '.join(missing)}; it has {', '.join(columns)}"))
+        return []
     good: list[tuple[int, Row]] = []
     names: set[str] = set()
     for line, row in rows:
