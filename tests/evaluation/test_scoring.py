@@ -256,7 +256,7 @@ def test_prompts_shorter_than_the_cost_of_a_cache_are_read_again(model, monkeypa
 def test_a_sequence_is_greedy_where_every_scored_token_is_the_best_of_its_modality():
     model = tiny_model()
     found = []
-    for candidate in candidates(model.ids, lowest=12):
+    for candidate in candidates(model.ids, prompts=2, lowest=12):
         begun = lay_out(candidate, CONTINUATION, model.ids).ids[: -len(candidate.continuation)]
         (best,) = continue_ids(model, torch.tensor(begun)[None], max_new_tokens=5, min_new_tokens=2, temperature=0)
         endings = (best, [*best[:-1], *candidate.continuation[:1]], [*candidate.continuation[:1], *best])

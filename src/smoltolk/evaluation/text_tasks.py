@@ -209,10 +209,10 @@ def evaluate_text_tasks(
                 max_batch_tokens=settings.scoring.max_batch_tokens,
                 autocast=settings.scoring.autocast,
             )
-            part = {"settings": record, **_run(lm, task, manager, settings)}
+            part = json.dumps({"settings": record, **_run(lm, task, manager, settings)}, default=_plain)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(part).encode())
-            parts[-1].append(json.loads(json.dumps(part)))
+            write_atomically(path, part.encode())
+            parts[-1].append(json.loads(part))
     changes = [
         change
         for before, *others in zip(*parts, strict=True)  # of one task
@@ -328,6 +328,11 @@ def _leaves(name: str, parts: Mapping[str, Sequence[str]]) -> Iterator[str]:
         yield name
     for part in parts.get(name, ()):
         yield from _leaves(part, parts)
+
+
+def _plain(value: Any) -> Any:
+    """What tasks put into their entries, for JSON: numbers of NumPy as such, all else as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def _read(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
