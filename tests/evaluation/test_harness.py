@@ -150,6 +150,14 @@ def test_the_harness_finds_the_class_by_name_and_makes_it_of_strings(folders):
     assert lm.get_model_info()["precision"] == "float32, autocast to bfloat16"
 
 
+def test_the_gpu_that_the_harness_asks_for_by_itself_may_be_missing(folders, monkeypatch):
+    from smoltolk.evaluation.harness import SmolTolkLM
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.warns(UserWarning, match="device is 'cuda:0', but torch sees no GPU: computing on the CPU"):
+        assert SmolTolkLM(folders[0], device="cuda:0").device.type == "cpu"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

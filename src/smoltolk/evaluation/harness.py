@@ -71,7 +71,7 @@ class SmolTolkLM(TemplateLM):
 
     Args:
         pretrained: folder of a SmolTolk model or of a text LM.
-        device: where it computes.
+        device: where it computes; without a GPU the CPU, with a warning, since the harness asks for "cuda:0" by itself.
         batch_size: sequences in one forward; "auto" for `max_batch_size`.
         max_batch_size: sequences in one forward with batch_size "auto".
         max_batch_tokens: tokens in one forward, padding included.
@@ -103,6 +103,9 @@ class SmolTolkLM(TemplateLM):
         )
         self.folder = Path(pretrained)
         self.model, self.tokenizer = load_for_text(pretrained)
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            warnings.warn(f"device is {device!r}, but torch sees no GPU: computing on the CPU", stacklevel=2)
+            device = "cpu"
         self.model.to(device or "cpu")  # type: ignore[arg-type]
         self._device = self.model.device
         longest = self.model.config.max_position_embeddings - 1
