@@ -143,6 +143,8 @@ class _Found:
 
     @classmethod
     def of(cls, output: SmolTolkOutput) -> "_Found":
+        assert output.token_losses is not None
+        assert output.token_is_best is not None  # no gradients are taken here
         return cls(-output.token_losses.double().sum(1).cpu(), output.token_is_best.double().sum(1).cpu())
 
 
