@@ -266,6 +266,8 @@ def test_a_report_has_what_both_models_come_to_and_the_interval_of_the_differenc
     report = json.loads((output / "text-tasks.json").read_text())
     assert [model["model"] for model in report["models"]] == list(map(str, folders))
     assert len({model["checkpoint"] for model in report["models"]}) == 3
+    assert report["tasks"]["choices"]["version"] == 2
+    assert report["tasks"]["choices"]["num_fewshot"] == 0
     assert {"lm_eval_version", "smoltolk_version", "own_tasks_fingerprint"} <= set(report)
     assert [Change(**change) for change in report["changes"]] == changes
     found = {(change.task, change.metric): change for change in changes if change.model == str(folders[2])}

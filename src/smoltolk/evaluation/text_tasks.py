@@ -219,22 +219,38 @@ def evaluate_text_tasks(
         for folder, after in zip(models[1:], others, strict=True)
         for change in _changes(before, after, str(folder))
     ]
+    of_models = list(zip(models, identities, parts, strict=True))
+    _write_report(output, settings, of_models, changes)
+    return changes
+
+
+def _write_report(
+    output: Path,
+    settings: TextTaskSettings,
+    of_models: Sequence[tuple[Path, str, Sequence[Mapping[str, Any]]]],
+    changes: Sequence[Change],
+) -> None:
+    """Writes both files; of each model its folder, its fingerprint and its parts."""
     report = {
         **settings.record(),
+        "tasks": {
+            name: {key: task[key] for key in ("version", "num_fewshot", "documents_fingerprint")}
+            for part in of_models[0][2]
+            for name, task in part["tasks"].items()
+        },
         "models": [
             {
                 "model": str(folder),
                 "checkpoint": checkpoint,
-                "precision": of_model[0]["precision"],
-                "num_truncated": {part["settings"]["task"]: part["num_truncated"] for part in of_model},
+                "precision": parts[0]["precision"],
+                "num_truncated": {part["settings"]["task"]: part["num_truncated"] for part in parts},
             }
-            for folder, checkpoint, of_model in zip(models, identities, parts, strict=True)
+            for folder, checkpoint, parts in of_models
         ],
         "changes": [asdict(change) for change in changes],
     }
     write_atomically(output / JSON_FILE, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     write_atomically(output / MARKDOWN_FILE, _markdown(report, changes).encode())
-    return changes
 
 
 def _identity(folder: Path) -> str:
@@ -363,7 +379,7 @@ def _change(task: str, key: str, theirs: Mapping[str, Any], ours: Mapping[str, A
     name, _, chosen_filter = key.partition(",")
     before, after = (Documents.find(found["entries"], found["value"]) for found in (theirs, ours))
     low = high = p_value = None
-    if before is not None and after is not None:
+    if before is not None and after is not None and before.aggregate == after.aggregate:
         low, high = _interval(before, after)
         if len(before.values) > 1 and np.array_equal(before.weights, after.weights):
             p_value = paired_test(after.values - before.values)[0]
