@@ -14,7 +14,7 @@ help:  ## list the targets
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[align,datasets,demo,lora,ray,tensorboard,test,wandb]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[align,datasets,demo,harness,lora,ray,tensorboard,test,wandb]'
 	touch $@
 
 install: $(VENV)/installed  ## create .venv and install smoltolk with all extras

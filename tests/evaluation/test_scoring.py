@@ -22,7 +22,8 @@ from smoltolk.evaluation.protocols import (
     find_protocol,
     lay_out,
 )
-from smoltolk.evaluation.scoring import ScoringSettings, score_candidates
+from smoltolk.evaluation.scoring import ScoringSettings, score_candidates, score_with_greedy
+from smoltolk.generation.sampling import continue_ids
 
 PLAIN = ScoringSettings(batch_size=1, shares_prompts=False)
 
@@ -48,9 +49,8 @@ def candidates(ids, *, prompts=3, seed=0, lowest=16, highest=40):
     return found
 
 
-def log_likelihoods(model, layout):
-    """Log-probability of each scored id over its own block, from the logits of all positions."""
-    found = []
+def choices(model, layout):
+    """Log-probabilities of the ids that may stand where one is scored, and that one, from all positions' logits."""
     ids = model.ids
     with torch.no_grad():
         logits = model(torch.from_numpy(layout.ids[None])).logits[0]
@@ -62,8 +62,12 @@ def log_likelihoods(model, layout):
         # The switch is one more choice of the head whose modality it would end.
         can_switch = before >= ids.speech_offset if of_speech else before < TEXT_VOCAB
         block[ids.switch_id] = bool(model.config.predict_switch and can_switch)
-        found.append(logits[t - 1].masked_fill(~block, float("-inf")).log_softmax(0)[target].item())
-    return np.array(found)
+        yield logits[t - 1].masked_fill(~block, float("-inf")).log_softmax(0), target
+
+
+def log_likelihoods(model, layout):
+    """Log-probability of each scored id over its own block."""
+    return np.array([found[target].item() for found, target in choices(model, layout)])
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
@@ -247,3 +251,20 @@ def test_prompts_shorter_than_the_cost_of_a_cache_are_read_again(model, monkeypa
     some = candidates(model.ids, prompts=2, lowest=short, highest=short + 1)
     score_candidates(model, some, CONTINUATION)
     assert [rows for rows, _ in shapes] == [len(some)]
+
+
+def test_a_sequence_is_greedy_where_every_scored_token_is_the_best_of_its_modality():
+    model = tiny_model()
+    found = []
+    for candidate in candidates(model.ids, prompts=2, lowest=12):
+        begun = lay_out(candidate, CONTINUATION, model.ids).ids[: -len(candidate.continuation)]
+        (best,) = continue_ids(model, torch.tensor(begun)[None], max_new_tokens=5, min_new_tokens=2, temperature=0)
+        endings = (best, [*best[:-1], *candidate.continuation[:1]], [*candidate.continuation[:1], *best])
+        found += [Candidate(candidate.prompt, np.array(ids)) for ids in endings]
+    layouts = [lay_out(candidate, CONTINUATION, model.ids) for candidate in found]
+    expected = [all(p.argmax() == target for p, target in choices(model, layout)) for layout in layouts]
+    assert 3 < sum(expected) < len(expected) - 3
+    for settings in (PLAIN, ScoringSettings()):
+        scores, is_greedy = score_with_greedy(model, found, CONTINUATION, settings)
+        assert is_greedy.tolist() == expected
+        np.testing.assert_array_equal(scores, score_candidates(model, found, CONTINUATION, settings))

@@ -27,7 +27,7 @@ def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, rows_per_ch
         hidden = torch.randn(7, 8, generator=generator.manual_seed(1), requires_grad=True)
         weight = torch.randn(11, 8, generator=generator.manual_seed(2), requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            total, losses = function(hidden, weight, target, scale=scale, cap=cap)
+            total, losses = function(hidden, weight, target, scale=scale, cap=cap)[:2]
         (total / 3).backward()
         found.append((total.detach(), losses, hidden.grad, weight.grad))
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if autocast else {"atol": 1e-5, "rtol": 1e-5}
@@ -60,7 +60,7 @@ def test_one_more_id_is_one_more_column(frozen):
         if is_plain:
             total = F.cross_entropy(torch.cat([hidden @ weight.T, more[:, None]], 1), target, reduction="sum")
         else:
-            total, _ = head_loss(hidden, weight, target, more)
+            total = head_loss(hidden, weight, target, more)[0]
         total.backward()
         found.append([total.detach(), *(t.grad for t in tensors if t.grad is not None)])
     assert len(found[0]) == 4 - len(frozen)
@@ -68,9 +68,19 @@ def test_one_more_id_is_one_more_column(frozen):
         torch.testing.assert_close(ours, expected)
 
 
+def test_a_target_is_best_where_no_id_scores_higher_and_training_does_not_ask(monkeypatch):
+    monkeypatch.setattr("smoltolk.model.losses.LOGITS_PER_CHUNK", 2 * 3)
+    hidden, weight = torch.eye(3), torch.tensor([[2.0, 0, 1], [1.0, 0, 3], [0.0, 0, 2]])
+    target, more = torch.tensor([0, 2, 3]), torch.tensor([0.0, -1, 4])
+    with torch.no_grad():
+        assert head_loss(hidden, weight, target, more)[2].tolist() == [True, True, True]  # a tie is no higher score
+        assert head_loss(hidden, weight, target - 1 + 2 * (target == 0), more)[2].tolist() == [False, True, False]
+    assert head_loss(hidden, weight, target, more)[2] is None
+
+
 def test_the_gradient_can_be_taken_once():
     hidden = torch.randn(2, 4, requires_grad=True)
-    total, _ = head_loss(hidden, torch.randn(3, 4), torch.tensor([0, 2]))
+    total = head_loss(hidden, torch.randn(3, 4), torch.tensor([0, 2]))[0]
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="taken before: call the model again"):
         total.backward()

@@ -73,6 +73,32 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--device", default="cpu")
     evaluate.set_defaults(run=_evaluate)
 
+    text = commands.add_parser("text-tasks", help="compare models on lm-evaluation-harness tasks: is text retained")
+    text.add_argument("before", type=Path, help="folder of the text LM, or of a model, before training")
+    text.add_argument("after", type=Path, nargs="+", help="folders of models after training")
+    text.add_argument(
+        "--tasks", nargs="+", required=True, help="names of the harness's tasks or groups, or of own ones"
+    )
+    text.add_argument("--output", type=Path, required=True, help="folder for the report")
+    text.add_argument("--include-path", type=Path, help="folder with tasks of one's own, in YAML")
+    text.add_argument("--num-fewshot", type=int, help="examples in a prompt; default: as the task says")
+    text.add_argument("--limit", type=int, help="only so many documents of each task")
+    text.add_argument("--batch-size", type=int, default=48)
+    text.add_argument("--max-batch-tokens", type=int, default=16384)
+    text.add_argument("--autocast", action="store_true", help="compute in bfloat16 by autocast")
+    text.add_argument("--device", default="cpu")
+    text.set_defaults(run=_text_tasks)
+
+    # No character begins an option here, so that all of them reach the harness.
+    harness = commands.add_parser(
+        "lm-eval",
+        help="lm-evaluation-harness's own command, which knows --model smoltolk",
+        prefix_chars="\0",
+        add_help=False,
+    )
+    harness.add_argument("arguments", nargs="*", help="arguments of lm_eval")
+    harness.set_defaults(run=_lm_eval, resume_hint="stopped")
+
     compare = commands.add_parser("compare", help="compare two results on the same items, with error bars")
     compare.add_argument("ours", type=Path, help="folder of a result")
     compare.add_argument("theirs", type=Path, help="folder of the result to subtract")
@@ -335,6 +361,38 @@ def _analyze(options: argparse.Namespace) -> None:
         progress=not options.no_progress,
     )
     print(write_page(comparison, options.output))
+
+
+def _text_tasks(options: argparse.Namespace) -> None:
+    from smoltolk.evaluation.scoring import ScoringSettings
+    from smoltolk.evaluation.text_tasks import COLUMNS, MARKDOWN_FILE, TextTaskSettings, cells, evaluate_text_tasks
+
+    settings = TextTaskSettings(
+        tasks=tuple(options.tasks),
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        scoring=ScoringSettings(
+            batch_size=options.batch_size, max_batch_tokens=options.max_batch_tokens, autocast=options.autocast
+        ),
+    )
+    console = Console(stderr=True)
+    changes = evaluate_text_tasks(
+        [options.before, *options.after], settings, options.output, device=options.device, progress=console.print
+    )
+    for model in options.after:
+        table = Table(*COLUMNS, title=f"{options.before} → {model}")
+        for change in changes:
+            if change.model == str(model):
+                table.add_row(*cells(change))
+        _print_wide(table)
+    print(options.output / MARKDOWN_FILE)
+
+
+def _lm_eval(options: argparse.Namespace) -> None:
+    from smoltolk.evaluation.harness import run_lm_eval
+
+    run_lm_eval(options.arguments)
 
 
 def _compare(options: argparse.Namespace) -> None:

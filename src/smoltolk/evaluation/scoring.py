@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from smoltolk.evaluation.protocols import Candidate, Layout, Protocol, lay_out
-from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
+from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM, SmolTolkOutput
 
 SHORTEST_SHARED = 16  # tokens; a cache costs more than reading a shorter prompt again
 
@@ -50,7 +50,6 @@ class ScoringSettings:
         return f"{weights}, autocast to bfloat16" if self.autocast else weights
 
 
-@torch.no_grad()
 def score_candidates(
     model: SmolTolkForCausalLM,
     candidates: Sequence[Candidate],
@@ -77,6 +76,33 @@ def score_candidates(
         ValueError: a sequence with nothing to score, with ids that the model has not, or a switch to score in a model
             that does not predict it.
     """
+    return score_with_greedy(model, candidates, protocol, settings, progress)[0]
+
+
+@torch.no_grad()
+def score_with_greedy(
+    model: SmolTolkForCausalLM,
+    candidates: Sequence[Candidate],
+    protocol: Protocol,
+    settings: ScoringSettings | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores sequences, and says which of them greedy decoding would give.
+
+    Args:
+        model: as in `score_candidates`, which this is but for what it returns; so are the others.
+        candidates: the sequences.
+        protocol: which tokens count, and how.
+        settings: sizes of batches and precision.
+        progress: called with the number of sequences done since the last call.
+
+    Returns:
+        Scores (len(candidates),) float64, and whether each scored token is the best of its modality given what
+        comes before it, (len(candidates),) bool.
+
+    Raises:
+        ValueError: as `score_candidates`.
+    """
     settings = settings or ScoringSettings()
     layouts = [lay_out(candidate, protocol, model.ids) for candidate in candidates]
     if protocol.scores_switch and not model.config.predict_switch:
@@ -91,26 +117,41 @@ def score_candidates(
         distinct.setdefault((layout.ids.tobytes(), layout.is_scored.tobytes()), []).append(i)
     copies = list(distinct.values())
     chosen = [layouts[places[0]] for places in copies]
-    scores = np.zeros(len(layouts))
+    scores, is_greedy = np.zeros(len(layouts)), np.zeros(len(layouts), dtype=bool)
     was_training = model.training
     model.eval()
     try:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast):
-            for members, sums in _log_likelihoods(model, chosen, settings):
-                for member, total in zip(members, sums.tolist(), strict=True):
+            for members, found in _log_likelihoods(model, chosen, settings):
+                for member, total, num_best in zip(members, found.sums.tolist(), found.num_best.tolist(), strict=True):
                     count = int(chosen[member].is_scored.sum())
                     scores[copies[member]] = total / count if protocol.length_norm == "mean" else total
+                    is_greedy[copies[member]] = num_best == count
                 if progress is not None:
                     progress(sum(len(copies[member]) for member in members))
     finally:
         model.train(was_training)
-    return scores
+    return scores, is_greedy
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Of sequences: log-likelihood of the scored tokens, and how many of them are the best, (batch,) float64 each."""
+
+    sums: Tensor
+    num_best: Tensor
+
+    @classmethod
+    def of(cls, output: SmolTolkOutput) -> "_Found":
+        assert output.token_losses is not None
+        assert output.token_is_best is not None  # no gradients are taken here
+        return cls(-output.token_losses.double().sum(1).cpu(), output.token_is_best.double().sum(1).cpu())
 
 
 def _log_likelihoods(
     model: SmolTolkForCausalLM, layouts: Sequence[Layout], settings: ScoringSettings
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Batches of sequences: which they are, and the log-likelihood of their scored tokens (batch,) float64."""
+) -> Iterator[tuple[list[int], _Found]]:
+    """Batches of sequences: which they are, and what was found."""
     window = getattr(model.config.lm_config, "sliding_window", None)
     by_prompt: dict[bytes, list[int]] = {}
     for i, layout in enumerate(layouts):
@@ -157,17 +198,17 @@ def _batches(
         yield batch
 
 
-def _score_whole(model: SmolTolkForCausalLM, layouts: Sequence[Layout]) -> Tensor:
-    """Sequences in one forward, padded on the right; log-likelihoods (batch,)."""
+def _score_whole(model: SmolTolkForCausalLM, layouts: Sequence[Layout]) -> _Found:
+    """Sequences in one forward, padded on the right."""
     input_ids, mask, labels = _rows([layout.ids for layout in layouts], [layout.is_scored for layout in layouts])
     device = model.device
     output = model(
         input_ids.to(device), None if mask.all() else mask.to(device), labels.to(device), return_token_losses=True
     )
-    return -output.token_losses.double().sum(1).cpu()
+    return _Found.of(output)
 
 
-def _score_shared(model: SmolTolkForCausalLM, groups: Sequence[Sequence[Layout]]) -> Tensor:
+def _score_shared(model: SmolTolkForCausalLM, groups: Sequence[Sequence[Layout]]) -> _Found:
     """Groups of sequences with one prompt each: prompts are read first, then what follows on their cache.
 
     Prompts are padded on the left and the rest on the right, so that the real tokens of a row stay together. The last
@@ -184,12 +225,12 @@ def _score_shared(model: SmolTolkForCausalLM, groups: Sequence[Sequence[Layout]]
         use_cache=True,
         return_token_losses=True,
     )
-    of_prompts = -output.token_losses.double().sum(1).cpu()  # (groups,)
+    of_prompts = _Found.of(output)
     cache = output.past_key_values
     cache.crop(-1)
     members = [layout for group in groups for layout in group]
     rows = [i for i, group in enumerate(groups) for _ in group]  # of each sequence's prompt
-    found = torch.zeros(len(members), dtype=torch.double)
+    found = _Found(torch.zeros(len(members), dtype=torch.double), torch.zeros(len(members), dtype=torch.double))
     for chosen in _of_like_length([len(layout.ids) - layout.num_shared for layout in members]):
         row = torch.tensor([rows[i] for i in chosen])
         rest = [members[i].ids[members[i].num_shared - 1 :] for i in chosen]
@@ -205,7 +246,9 @@ def _score_shared(model: SmolTolkForCausalLM, groups: Sequence[Sequence[Layout]]
             past_key_values=_select(cache, row.to(device)),
             return_token_losses=True,
         )
-        found[chosen] = of_prompts[row] - output.token_losses.double().sum(1).cpu()
+        rest_found = _Found.of(output)
+        found.sums[chosen] = of_prompts.sums[row] + rest_found.sums
+        found.num_best[chosen] = of_prompts.num_best[row] + rest_found.num_best
     return found
 
 

@@ -122,6 +122,7 @@ class SmolTolkConfig(PreTrainedConfig):
         "text_loss",
         "speech_loss",
         "token_losses",
+        "token_is_best",
     ]
 
     lm_config: Any = None  # a PreTrainedConfig once made; a dict of its settings is taken too

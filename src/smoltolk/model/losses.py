@@ -25,9 +25,13 @@ class HeadLoss(torch.autograd.Function):
         scale: float,
         cap: float | None,
         needs_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """(rows, dim), (vocab, dim), (rows,), (rows,) → summed loss (), losses (rows,), both float32."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(rows, dim), (vocab, dim), (rows,), (rows,) → summed loss (), losses (rows,), both float32.
+
+        Without a gradient also whether no id scores higher than the target, (rows,), which training does not ask.
+        """
         losses = torch.empty(len(hidden), device=hidden.device)
+        is_best = None if needs_gradient else torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         needs_hidden, needs_weight, _, needs_more = (n and needs_gradient for n in ctx.needs_input_grad[:4])
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         more_gradient = torch.empty_like(more, dtype=torch.float32) if more is not None and needs_more else None
@@ -47,6 +51,8 @@ class HeadLoss(torch.autograd.Function):
             picked = logits.gather(1, target[chunk, None])[:, 0]
             total = logits.logsumexp(1)
             losses[chunk] = total - picked
+            if is_best is not None:
+                is_best[chunk] = picked >= logits.amax(1)
             if not needs_hidden and not needs_weight and not needs_more:
                 continue
             gradient = logits.sub_(total[:, None]).exp_()  # softmax, (chunk, vocab)
@@ -72,11 +78,11 @@ class HeadLoss(torch.autograd.Function):
             None,
             None if more is None or more_gradient is None else more_gradient.to(more.dtype),
         )
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        ctx.mark_non_differentiable(*(tensor for tensor in (losses, is_best) if tensor is not None))
+        return losses.sum(), losses, is_best
 
     @staticmethod
-    def backward(ctx: Any, sum_gradient: Tensor, losses_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, sum_gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """Scales the gradient of the forward pass, in place: it can be taken once."""
         if ctx.gradients is None:
             raise RuntimeError("the gradient of this loss was taken before: call the model again")
@@ -92,7 +98,7 @@ def head_loss(
     *,
     scale: float = 1.0,
     cap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cross-entropy of targets under a linear head whose logits are scaled, then capped softly.
 
     Args:
@@ -104,7 +110,8 @@ def head_loss(
         cap: bound of the logits, reached through tanh.
 
     Returns:
-        Summed loss (), and each row's own (rows,) without gradient; float32.
+        Summed loss (), and each row's own (rows,) without gradient; float32. Where no gradients are taken, also
+        whether no id scores higher than the target, (rows,) bool, else None.
     """
     return HeadLoss.apply(hidden, weight, target, more, scale, cap, torch.is_grad_enabled())
 

@@ -68,6 +68,8 @@ class SmolTolkOutput(ModelOutput):
         speech_loss: mean cross-entropy over speech labels, (); NaN without speech labels.
         token_losses: cross-entropy of each label, (batch, seq), at the label's own place and 0 where there is
             no label; when asked for.
+        token_is_best: whether no id of its block scores higher than the label, (batch, seq), at the label's own
+            place and False where there is no label; with `token_losses`, where no gradients are taken.
         logits: scores of the next id over the whole id space, (batch, seq, vocab_size). The text and the
             speech block are normalised apart; control columns are −inf.
         layer_weights: how speech was mixed from the backbone's levels, (batch, seq, num_layers).
@@ -80,6 +82,7 @@ class SmolTolkOutput(ModelOutput):
     text_loss: Tensor | None = None
     speech_loss: Tensor | None = None
     token_losses: Tensor | None = None
+    token_is_best: Tensor | None = None
     logits: Tensor | None = None
     layer_weights: Tensor | None = None
     past_key_values: Cache | None = None
@@ -107,6 +110,7 @@ class Losses:
         num_text: number of the text head's labels, ().
         num_units: number of the unit head's labels, ().
         tokens: loss of each label at its own place, (batch, seq), 0 where there is none; without gradient.
+        is_best: whether no id of its block scores higher than the label, (batch, seq); None where gradients are taken.
     """
 
     text: Tensor
@@ -114,6 +118,7 @@ class Losses:
     num_text: Tensor
     num_units: Tensor
     tokens: Tensor
+    is_best: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -414,7 +419,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: whether to return a cache.
             logits_to_keep: score only the last so many positions, 0 for all.
             return_logits: whether to compute logits; by default when there are no labels.
-            return_token_losses: whether to return the loss of each label.
+            return_token_losses: whether to return the loss of each label, and whether it is its block's best id.
             output_hidden_states: whether to return the levels h⁰ … h^L.
             num_items_in_batch: number of labels to normalise the loss by; by default those of this batch.
             more_loss: gives a loss to add, of the levels h¹ … h^L (batch, seq, dim) and of what makes text logits of
@@ -488,14 +493,15 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         if self.output_norm is not None:
             speech = self.output_norm(speech)
 
-        loss = text_loss = speech_loss = token_losses = logits = None
+        loss = text_loss = speech_loss = token_losses = token_is_best = logits = None
         if targets is not None:
             losses = self._losses(last, speech, targets, rows)
             loss = self._loss(losses, layer_weights, is_real, num_items_in_batch)
             if more_loss is not None:
                 loss = loss + more_loss(levels, self.text_head)
             text_loss, speech_loss = losses.text / losses.num_text, losses.speech / losses.num_units
-            token_losses = losses.tokens if return_token_losses else None
+            if return_token_losses:
+                token_losses, token_is_best = losses.tokens, losses.is_best
         if wants_logits:
             kept_ids = slice(-logits_to_keep, None)
             logits = self._logits(last[:, kept_ids], speech[:, kept_ids], input_ids[:, kept_ids])
@@ -504,6 +510,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             text_loss=text_loss,
             speech_loss=speech_loss,
             token_losses=token_losses,
+            token_is_best=token_is_best,
             logits=logits,
             layer_weights=layer_weights,
             past_key_values=past_key_values,
@@ -697,7 +704,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             text_target = text_target.clamp(max=ids.text_vocab_size)
             unit_target = torch.where(unit_target < 0, ids.num_speech_tokens, unit_target)
         # Heads run on labelled positions only: an empty choice still gives every parameter a gradient (of zero).
-        text_sum, text_losses = head_loss(
+        text_sum, text_losses, text_best = head_loss(
             text_hidden,
             self.lm.get_output_embeddings().weight,
             text_target,
@@ -705,10 +712,14 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             scale=self.logits_scale,
             cap=self.logits_cap,
         )
-        unit_sum, unit_losses = head_loss(unit_hidden, self._unit_weight, unit_target, unit_switch)
+        unit_sum, unit_losses, unit_best = head_loss(unit_hidden, self._unit_weight, unit_target, unit_switch)
         tokens = text_losses.new_zeros(is_text.shape)
         tokens = tokens.masked_scatter(is_text, text_losses).masked_scatter(is_unit, unit_losses)
-        return Losses(text_sum, unit_sum, is_text.sum(), is_unit.sum(), F.pad(tokens, (1, 0)))
+        best = None
+        if text_best is not None and unit_best is not None:
+            best = torch.zeros_like(is_text).masked_scatter(is_text, text_best).masked_scatter(is_unit, unit_best)
+            best = F.pad(best, (1, 0))
+        return Losses(text_sum, unit_sum, is_text.sum(), is_unit.sum(), F.pad(tokens, (1, 0)), best)
 
     def _loss(
         self, losses: "Losses", layer_weights: Tensor, is_real: Tensor, num_items_in_batch: Tensor | int | None
