@@ -8,9 +8,9 @@ from smoltolk.model.export import CODE
 
 SOURCE = Path(smoltolk.__file__).parent
 LEVELS = [
-    {"model", "pictures"},
+    {"model"},
     {"speech"},
-    {"data"},
+    {"data", "pages"},
     {"generation"},
     {"training", "evaluation", "analysis"},
     {"experiments"},

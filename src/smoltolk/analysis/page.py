@@ -1,7 +1,6 @@
 """Analyses side by side, in one HTML page with the numbers underneath."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from smoltolk.analysis.analyze import Comparison
 from smoltolk.analysis.uncertainty import Mean
-from smoltolk.pictures import colours, data_uri
+from smoltolk.pages import PageTable, Section, colours, data_uri, new_figure, save_page
 from smoltolk.speech.audio import write_atomically
 
 LENS = "Logit lens: what the text head reads off each level where a word ends"
@@ -42,20 +41,17 @@ SECTIONS = {
         "lens_next_log_probability_text": "text, the next word",
     },
 }
+COUNTS = ("utterances", "pieces", "words")
+EXPLAINED = (
+    "Levels: 0 is what the backbone reads, 1 and on are its layers, the last one after its final norm. Error bars are "
+    "standard errors: over seeds where a model has several, else over utterances. Differences are paired, seed by seed "
+    "or utterance by utterance. Dotted: chance."
+)
 MAPS = {
     "cka_between_levels": ("Linear CKA of each level of speech with each level of text", "text level", "speech level"),
     "selector_after_switch": ("Layer selector by distance from the switch to speech", "level", "units since"),
     "selector_by_unit": ("Layer selector by predicted unit, from low to high levels", "level", "unit"),
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Numbers of one quantity under its picture: a row of each variant, and of each difference."""
-
-    title: str
-    levels: list[int]
-    rows: list[tuple[str, list[str]]]
 
 
 def write_page(comparison: Comparison, output: Path) -> Path:
@@ -69,26 +65,22 @@ def write_page(comparison: Comparison, output: Path) -> Path:
         ImportError: matplotlib or Jinja is not installed.
         OSError: a file cannot be written.
     """
-    try:
-        from jinja2 import Environment, PackageLoader
-    except ImportError as error:
-        raise ImportError("the page needs matplotlib and Jinja: pip install 'smoltolk[demo]'") from error
-
-    sections = [
-        (title, _picture(comparison, quantities), [_table(comparison, *item) for item in quantities.items()])
-        for title, quantities in SECTIONS.items()
-    ]
-    sections += [(MAPS[name][0], _map_picture(comparison, name), []) for name in MAPS]
-    page = Environment(loader=PackageLoader("smoltolk", "analysis"), autoescape=True).get_template("page.html")
-    variants = [
-        (name, len(found), found[0].counts, [str(subject.folder) for subject in comparison.subjects[name]])
-        for name, found in comparison.found.items()
-    ]
-    rendered = page.render(variants=variants, sections=sections, settings=vars(comparison.settings))
+    models = []
+    for name, found in comparison.found.items():
+        counts = [str(found[0].counts[what]) for what in COUNTS]
+        folders = ", ".join(str(subject.folder) for subject in comparison.subjects[name])
+        models.append([name, str(len(found)), *counts, folders])
+    columns = ["model", "seeds", *COUNTS, "folders"]
+    sections = [Section(tables=[PageTable(columns, models)], text=EXPLAINED)]
+    for title, quantities in SECTIONS.items():
+        tables = [_table(comparison, *item) for item in quantities.items()]
+        sections.append(Section(title, _picture(comparison, quantities), tables))
+    sections += [Section(title, _map_picture(comparison, name)) for name, (title, *_) in MAPS.items()]
+    settings = "; ".join(f"{name}: {value}" for name, value in vars(comparison.settings).items())
+    sections.append(Section("Settings", text=settings))
     record = json.dumps(comparison.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
     write_atomically(output.with_suffix(".json"), record.encode())
-    write_atomically(output, rendered.encode())
-    return output
+    return save_page(output, "Analysis", sections)
 
 
 def _first_level(quantity: str) -> int:
@@ -97,9 +89,7 @@ def _first_level(quantity: str) -> int:
 
 def _picture(comparison: Comparison, quantities: dict[str, str]) -> str:
     """The panels of a section, each with all variants."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.2 + 3.9 * max(2, len(quantities)), 3.3), layout="constrained")
+    figure = new_figure(1.2 + 3.9 * max(2, len(quantities)), 3.3)
     panels = figure.subplots(1, max(2, len(quantities)), squeeze=False)[0]
     for panel in panels[len(quantities) :]:
         panel.set_visible(False)
@@ -124,20 +114,20 @@ def _picture(comparison: Comparison, quantities: dict[str, str]) -> str:
     return data_uri(figure)
 
 
-def _table(comparison: Comparison, quantity: str, title: str) -> Table:
+def _table(comparison: Comparison, quantity: str, title: str) -> PageTable:
     rows, longest, baseline = [], 0, next(iter(comparison.found))
     for name in comparison.found:
         mean = comparison.mean(name, quantity)
-        rows.append((f"{name}, {mean.num_seeds} seeds" if mean.num_seeds > 1 else name, _cells(mean)))
+        rows.append([f"{name}, {mean.num_seeds} seeds" if mean.num_seeds > 1 else name, *_cells(mean)])
         longest = max(longest, len(mean.value))
     chance = comparison.found[baseline][0].curves[quantity].chance
     if chance is not None:
-        rows.append(("chance", [_number(value) for value in chance]))
+        rows.append(["chance", *(_number(value) for value in chance)])
     for name in comparison.found:
         if difference := comparison.difference(name, quantity):
-            rows.append((f"{name} − {baseline}", _cells(difference)))
+            rows.append([f"{name} − {baseline}", *_cells(difference)])
     first = _first_level(quantity)
-    return Table(title, list(range(first, first + longest)), rows)
+    return PageTable(["level", *map(str, range(first, first + longest))], rows, title)
 
 
 def _cells(mean: Mean) -> list[str]:
@@ -150,10 +140,8 @@ def _number(value: Any) -> str:
 
 def _map_picture(comparison: Comparison, name: str) -> str:
     """A heat map of each variant, the mean over seeds; units differ from seed to seed, so of these the first seed's."""
-    from matplotlib.figure import Figure
-
     _, across, down = MAPS[name]
-    figure = Figure(figsize=(3.8 * max(2, len(comparison.found)), 3.4), layout="constrained")
+    figure = new_figure(3.8 * max(2, len(comparison.found)), 3.4)
     panels = figure.subplots(1, max(2, len(comparison.found)), squeeze=False)[0]
     for panel in panels[len(comparison.found) :]:
         panel.set_visible(False)

@@ -229,9 +229,9 @@ def _scaling(options: argparse.Namespace) -> None:
     from smoltolk.experiments.scaling_page import tables, write_page
 
     scaling = compare_scaling(options.runs)
-    for title, columns, rows in tables(scaling):
-        table = Table(*columns, title=title)
-        for row in rows:
+    for found in tables(scaling):
+        table = Table(*found.columns, title=found.caption)
+        for row in found.rows:
             table.add_row(*row)
         _print_wide(table)
     for note in scaling.notes:

@@ -18,7 +18,7 @@ from smoltolk.demo.world import CLOZE_KINDS
 from smoltolk.evaluation.results import bootstrap
 from smoltolk.evaluation.tasks import PAIRS
 from smoltolk.model.fingerprint import num_parameters
-from smoltolk.pictures import data_uri
+from smoltolk.pages import data_uri
 from smoltolk.speech.audio import write_atomically
 from smoltolk.training.watching import read_metrics
 

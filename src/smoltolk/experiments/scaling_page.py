@@ -10,13 +10,16 @@ import numpy as np
 
 from smoltolk.experiments.scaling import QUANTITIES, Group, Number, Scaling
 from smoltolk.experiments.scaling_laws import Interval
-from smoltolk.pictures import colours, data_uri
+from smoltolk.pages import PageTable, Section, colours, data_uri, new_figure, save_page
 from smoltolk.speech.audio import write_atomically
-
-Section = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 MARKERS = "osD^vP*X"
 POINTS = 60  # of a curve
+EXPLAINED = (
+    "N: parameters of the model. D: tokens of training. C: FLOPs of training. Brackets and bands: 95 %. Lines of "
+    "losses take at each C the best of the measured sizes; markers are runs, one shape for each size. Outside of what "
+    "was measured nothing is said."
+)
 
 
 def write_page(scaling: Scaling, output: Path) -> Path:
@@ -30,35 +33,28 @@ def write_page(scaling: Scaling, output: Path) -> Path:
         ImportError: matplotlib or Jinja is not installed.
         OSError: a file cannot be written.
     """
-    try:
-        from jinja2 import Environment, PackageLoader
-        from matplotlib.figure import Figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError("the page needs matplotlib and Jinja: pip install 'smoltolk[demo]'") from error
-
-    pictures = []
+    sections = [Section(text=EXPLAINED)]
     if scaling.losses:
-        pictures.append(("Validation loss against compute", _losses_picture(scaling)))
+        sections.append(Section("Validation loss against compute", _losses_picture(scaling)))
     if scaling.numbers:
-        pictures.append(("Accuracy against compute", _accuracies_picture(scaling)))
-    page = Environment(loader=PackageLoader("smoltolk", "experiments"), autoescape=True).get_template("scaling.html")
-    rendered = page.render(pictures=pictures, tables=tables(scaling), notes=scaling.notes)
+        sections.append(Section("Accuracy against compute", _accuracies_picture(scaling)))
+    sections.append(Section("Numbers", tables=tables(scaling)))
+    sections += [Section(text=note) for note in scaling.notes]
     record = json.dumps(scaling.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
     write_atomically(output.with_suffix(".json"), record.encode())
-    write_atomically(output, rendered.encode())
-    return output
+    return save_page(output, "Scaling", sections)
 
 
 # ---- tables
 
 
-def tables(scaling: Scaling) -> list[Section]:
+def tables(scaling: Scaling) -> list[PageTable]:
     """The numbers: laws, kinds at the same compute, lines of accuracies, runs."""
     found = [_laws(scaling), _contests(scaling), _lines(scaling), _runs(scaling)]
-    return [section for section in found if section[2]]
+    return [table for table in found if table.rows]
 
 
-def _laws(scaling: Scaling) -> Section:
+def _laws(scaling: Scaling) -> PageTable:
     columns = ["loss", "model", "runs", "floor", "alpha (size)", "beta (tokens)"]
     columns += ["loss ∝ C^−", "best size ∝ C^", "best tokens ∝ C^", "largest error %"]
     rows = []
@@ -67,10 +63,10 @@ def _laws(scaling: Scaling) -> Section:
             cells = [fit.interval(attrgetter(quantity)) for quantity in QUANTITIES]
             error = f"{100 * np.abs(fit.errors).max():.1f}"
             rows.append([loss, name, str(len(fit.errors)), *(_interval(cell, ".2f") for cell in cells), error])
-    return "Loss = floor + a · N^−alpha + b · D^−beta", columns, rows
+    return PageTable(columns, rows, "Loss = floor + a · N^−alpha + b · D^−beta")
 
 
-def _contests(scaling: Scaling) -> Section:
+def _contests(scaling: Scaling) -> PageTable:
     first = scaling.groups[0].name
     columns = ["loss", "model", "FLOPs", "its loss", f"loss of {first}", f"compute it needs for that of {first}, ×"]
     rows = []
@@ -79,10 +75,10 @@ def _contests(scaling: Scaling) -> Section:
             contest = scaling.contest(loss, group.name)
             losses = (_interval(contest.theirs, ".3f"), _interval(contest.ours, ".3f"))
             rows.append([loss, group.name, f"{contest.flops:.3g}", *losses, _interval(contest.ratio, ".2f")])
-    return "At the same compute, each with its best size", columns, rows
+    return PageTable(columns, rows, "At the same compute, each with its best size")
 
 
-def _lines(scaling: Scaling) -> Section:
+def _lines(scaling: Scaling) -> PageTable:
     columns = ["accuracy", "model", "runs", "points for ten times the compute", "FLOPs", "% there", "spread of runs"]
     rows = []
     for number, lines in scaling.lines.items():
@@ -91,14 +87,14 @@ def _lines(scaling: Scaling) -> Section:
             slope, there = _in_percent(line.slope_interval), _in_percent(line.interval(flops))
             cells = (_interval(slope, "+.1f"), f"{flops:.3g}", _interval(there, ".1f"), f"{100 * line.spread:.1f}")
             rows.append([title_of(number), name, str(line.n), *cells])
-    return "Accuracy = middle + slope · log10(compute)", columns, rows
+    return PageTable(columns, rows, "Accuracy = middle + slope · log10(compute)")
 
 
 def _least(scaling: Scaling) -> list[float]:
     return [float(group.flops.min()) for group in scaling.groups]
 
 
-def _runs(scaling: Scaling) -> Section:
+def _runs(scaling: Scaling) -> PageTable:
     columns = ["model", "run", "parameters", "tokens", "FLOPs", *(f"loss {loss}" for loss in scaling.losses)]
     columns += [f"{title_of(number)} %" for number in scaling.numbers]
     rows = []
@@ -108,7 +104,7 @@ def _runs(scaling: Scaling) -> Section:
             shares = [f"{100 * run.accuracies[number]:.1f}" for number in scaling.numbers]
             sizes = (f"{run.size:.4g}", f"{run.tokens:.4g}", f"{run.flops:.4g}")
             rows.append([group.name, str(run.folder), *sizes, *losses, *shares])
-    return "Runs", columns, rows
+    return PageTable(columns, rows, "Runs")
 
 
 def title_of(number: Number) -> str:
@@ -129,11 +125,9 @@ def _interval(found: Interval, form: str) -> str:
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
     columns = min(3, max(2, panels))
     lines = -(-panels // columns)
-    figure = Figure(figsize=(1 + 4.3 * columns, 3.6 * lines), layout="constrained")
+    figure = new_figure(1 + 4.3 * columns, 3.6 * lines)
     found = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel in found[panels:]:
         panel.set_visible(False)

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smoltolk.pictures import colours, data_uri
-from smoltolk.speech.audio import write_atomically
+from smoltolk.pages import PageTable, Section, colours, data_uri, new_figure, save_page
 from smoltolk.training.watching import METRICS_FILE, read_metrics
 
 PICTURES = {
@@ -25,6 +24,10 @@ PICTURES = {
     "MFU: share of the peak of the devices": ("mfu",),
 }
 LEVELS = "Mean weight of each level where a unit is predicted, at the last validation"
+EXPLAINED = (
+    "Losses are nats per label, those of validation and of the text the last measured. Curves of training are averaged "
+    "over a fortieth of the run."
+)
 _SMOOTHED = frozenset({"loss", "text_loss", "speech_loss", "speech_grad_norm", "text_grad_norm", "tokens_per_s", "mfu"})
 _LINES = 40  # a smoothed curve has about so many independent points
 
@@ -41,19 +44,13 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
         ImportError: matplotlib or Jinja is not installed.
         OSError: the page cannot be written.
     """
-    try:
-        from jinja2 import Environment, PackageLoader
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a report needs matplotlib and Jinja: pip install 'smoltolk[demo]'") from error
-
     read = {name: read_run(Path(run)) for name, run in zip(run_names(runs), runs, strict=True)}
-    pictures = []
+    sections = [_summaries(read)]
     for title, names in PICTURES.items():
         found = [name for name in names if any(name in line for lines in read.values() for line in lines)]
         if not found:
             continue
-        figure = Figure(figsize=(4.6 * len(found), 3.2), layout="constrained")
+        figure = new_figure(4.6 * len(found), 3.2)
         for axes, name in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
             for colour, (run, lines) in zip(colours(), read.items(), strict=False):
                 points = [(line["tokens"], line[name]) for line in lines if line.get(name) is not None]
@@ -65,10 +62,10 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
             axes.set_xlabel("tokens")
             axes.spines[["top", "right"]].set_visible(False)
         figure.axes[0].legend(fontsize=8)
-        pictures.append((title, data_uri(figure)))
+        sections.append(Section(title, data_uri(figure)))
     levels = {run: _last(lines, "layer_weights") for run, lines in read.items()}
     if any(levels.values()):
-        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        figure = new_figure(6.4, 3.2)
         axes = figure.subplots()
         for colour, (run, weights) in zip(colours(), levels.items(), strict=False):
             if weights:
@@ -76,12 +73,14 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
         axes.set_xlabel("level")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8)
-        pictures.append((LEVELS, data_uri(figure)))
-    page = Environment(loader=PackageLoader("smoltolk", "training"), autoescape=True).get_template("report.html")
-    rows = [(run, summary(lines)) for run, lines in read.items()]
-    output = Path(output)
-    write_atomically(output, page.render(rows=rows, pictures=pictures).encode())
-    return output
+        sections.append(Section(LEVELS, data_uri(figure)))
+    return save_page(Path(output), "Training runs", sections)
+
+
+def _summaries(read: dict[str, list[dict[str, Any]]]) -> Section:
+    rows = {run: summary(lines) for run, lines in read.items()}
+    columns = ["run", *next(iter(rows.values()))]
+    return Section(tables=[PageTable(columns, [[run, *row.values()] for run, row in rows.items()])], text=EXPLAINED)
 
 
 def run_names(runs: Sequence[str | Path]) -> list[str]:
