@@ -138,7 +138,7 @@ def test_the_readmes_commands_on_the_demos_model_work(demo, in_demo, capsys):
         line
         for block in readme_commands("bash")
         for line in block.splitlines()
-        if line.startswith(("smoltolk generate", "smoltolk evaluate"))
+        if line.startswith(("smoltolk generate", "smoltolk evaluate")) and "demo-run" in line
     ]
     assert len(commands) == 3
     for command in commands:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import tiny_recipe
 
 from smoltolk import SmolTolkForCausalLM
-from smoltolk.training import loader
+from smoltolk.training import checkpoints, loader
 from smoltolk.training.checkpoints import list_checkpoints, load_state
 from smoltolk.training.config import make_recipe
 from smoltolk.training.trainer import Trainer, TrainingStopped
@@ -126,6 +127,27 @@ def test_a_line_of_metrics_that_was_cut_off_is_written_again(tiny_world, tmp_pat
         file.write('{"step": 2, "stage": 2, "lo')
     run(settings)
     assert_same_run(tmp_path, whole_run)
+
+
+def test_after_an_error_nothing_is_written_behind_the_next_runs_back(tiny_world, tmp_path, monkeypatch):
+    writing, may_end = threading.Event(), threading.Event()
+    write = checkpoints.dcp.save
+
+    def slowly(*arguments, **settings):
+        writing.set()
+        may_end.wait(60)
+        write(*arguments, **settings)
+
+    def fail(metrics):
+        if metrics["step"] == 3:  # the checkpoint of step 2 is being written
+            assert writing.wait(60)
+            threading.Timer(0.3, may_end.set).start()  # long after the error, were it not waited for
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(checkpoints.dcp, "save", slowly)
+    with pytest.raises(ZeroDivisionError):
+        Trainer(make_recipe(tiny_recipe(tiny_world, tmp_path)), progress=False, on_step=fail).run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_what_killed_writers_left_is_removed_at_the_start(tiny_world, tmp_path, whole_run):

@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,14 @@ class Checkpointer:
         [failures] = self.ranks.sum(bool(error))
         if failures:
             raise self._failure(step, error or "another rank could not write")
+
+    def close(self) -> None:
+        """Lets the checkpoint in work, if any, come to its end, so that nothing is written after an error.
+
+        Of several ranks each would wait for the others, who may be gone: there the end of the process is the end.
+        """
+        if self._pending is not None and self.ranks.size == 1:
+            wait_for([self._pending[0]])
 
     def remove_leftovers(self) -> None:
         """Removes what a run that was killed has left half-written, or half-removed; by the main rank, at the start."""

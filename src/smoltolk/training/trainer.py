@@ -97,7 +97,8 @@ class Trainer:
                 ranks all stop, with the last checkpoint intact.
             ValueError: a file of a store is gone or was changed; a checkpoint was saved first.
         """
-        with lock(self.output) if self.ranks.is_main else nullcontext(), stop_requests() as stop:
+        is_alone = lock(self.output) if self.ranks.is_main else nullcontext()
+        with is_alone, stop_requests() as stop, closing(self._checkpointer):
             folder = self._run(stop)
         self.ranks.leave()
         return folder
