@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,8 @@ def test_too_few_runs_and_numbers_that_are_none_are_refused():
         fit_law(np.minimum(SIZES, 3000), TOKENS, FLOPS, losses)
     with pytest.raises(ValueError, match="a run has loss nan"):
         fit_law(SIZES, TOKENS, FLOPS, np.append(losses[:-1], np.nan))
+    with pytest.raises(ValueError, match="FLOPs for a token grow as size"):
+        fit_law(SIZES, TOKENS, 50 * SIZES**-0.5 * TOKENS, losses)
     with pytest.raises(ValueError, match="1 different FLOPs"):
         fit_line([1e9] * 3, [0.5, 0.6, 0.7])
 
@@ -115,7 +118,7 @@ def test_the_line_of_accuracies_is_that_of_least_squares():
 
 def make_run(folder, size=1000, tokens=2e5, *, changes=None, config=None, loss=None, accuracy=0.5, **recipe):
     """A finished run as training leaves it, with a result of ten items."""
-    settings = tiny_recipe(folder.parent, folder)
+    settings = tiny_recipe(Path("world"), folder)
     (folder / "model").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings | recipe))
     steps = sum(stage["steps"] for stage in settings["stages"])
@@ -167,6 +170,70 @@ def test_kinds_of_models_are_put_side_by_side(nine_and_nine, tmp_path, few_draws
     assert "http" not in html
 
 
+def test_kinds_are_held_against_each_other_by_draws_of_their_own(nine_and_nine, few_draws):
+    scaling = compare_scaling([f"a={run}" for run in nine_and_nine[:9]] + [f"b={run}" for run in nine_and_nine[9:]])
+    same = scaling.groups[1].law("speech", seed=0)
+    own = scaling.laws["speech"]["b"]
+    assert own.law == same.law
+    assert [law.alpha for law in own.draws] != [law.alpha for law in same.draws]
+
+
+def test_kinds_without_like_compute_are_not_held_against_each_other(tmp_path, few_draws):
+    ours = make_grid(tmp_path / "ours")
+    theirs = [
+        make_run(tmp_path / "theirs" / f"{i}", 10 * size, 100 * tokens, config=EARLY_FUSION)
+        for i, (size, tokens) in enumerate(zip(SIZES, TOKENS, strict=True))
+    ]
+    scaling = compare_scaling([*ours, *theirs])
+    assert scaling.rivals == []
+    assert scaling.to_json()["contests"] == {"speech": {}}
+    assert scaling.notes == [
+        "SmolTolk and early fusion share no range of compute: they are not held against each other"
+    ]
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path):
+    run = make_run(tmp_path / "rate=0.003")
+    assert [group.name for group in compare_scaling([run]).groups] == ["SmolTolk"]
+    assert [group.name for group in compare_scaling([f"mine={run}"]).groups] == ["mine"]
+    with pytest.raises(ValueError, match=r"rate=0\.004 holds no finished run"):
+        compare_scaling([str(tmp_path / "rate=0.004")])
+
+
+def test_what_differs_as_between_seeds_is_noted(tmp_path):
+    one = make_run(tmp_path / "one")
+    other = make_run(tmp_path / "other", config={"speech_tokenizer": {"fingerprint": "other"}})
+    path = tmp_path / "other" / "cloze" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"items_fingerprint": "other"}))
+    assert compare_scaling([one, other]).notes == [
+        f"speech tokenizer differs between runs, such as {one} and {other}",
+        f"cloze: items_fingerprint differs between runs, such as {one} and {other}",
+    ]
+
+
+def test_results_of_generation_have_no_accuracy_and_are_passed_over(tmp_path):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "run" / "spoken").mkdir()
+    (tmp_path / "run" / "spoken" / "result.json").write_text(
+        json.dumps({"protocol": "generation-1", "checkpoint": "c"})
+    )
+    assert compare_scaling([run]).numbers == [("cloze", "S→S", "story")]
+    (tmp_path / "run" / "spoken" / "result.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no result of `smoltolk evaluate`"):
+        compare_scaling([run])
+
+
+def test_a_name_in_brackets_is_printed_and_the_page_is_not_written_over_its_numbers(
+    nine_and_nine, tmp_path, few_draws, capsys
+):
+    runs = [f"[x] [inf, inf]={run}" for run in nine_and_nine[:9]]
+    assert cli.main(["scaling", *runs, "--output", str(tmp_path / "scaling.json")]) == 1
+    printed = capsys.readouterr()
+    assert "[x] [inf, inf]" in printed.out
+    assert "give a page a name such as scaling.html" in printed.err
+    assert not (tmp_path / "scaling.json").exists()
+
+
 def test_a_name_says_what_belongs_together(nine_and_nine, few_draws):
     named = [f"a={run}" for run in nine_and_nine[:9]] + [f"b={run}" for run in nine_and_nine[9:]]
     assert [group.name for group in compare_scaling(named).groups] == ["a", "b"]
@@ -199,6 +266,9 @@ def test_unlike_runs_are_refused(tmp_path):
     other = make_run(tmp_path / "other", config={"lm_config": tiny_lm_config(vocab_size=60)})
     with pytest.raises(ValueError, match="not alike: text vocabulary is 50 in one and 60 in the other"):
         compare_scaling([one, other])
+    switching = make_run(tmp_path / "switching", config={"predict_switch": True})
+    with pytest.raises(ValueError, match="predict_switch is False in one and True in the other"):
+        compare_scaling([one, switching])
     knobs = json.loads((tmp_path / "one" / "cloze" / "result.json").read_text())["knobs"]
     third = make_run(tmp_path / "third")
     path = tmp_path / "third" / "cloze" / "result.json"

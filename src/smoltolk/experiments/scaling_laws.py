@@ -153,7 +153,8 @@ def fit_law(sizes: np.ndarray, tokens: np.ndarray, flops: np.ndarray, losses: np
         seed: seed of the draws.
 
     Raises:
-        ValueError: too few runs, sizes or numbers of tokens; or a number that is not finite and above 0.
+        ValueError: too few runs, sizes or numbers of tokens; a number that is not finite and above 0; or larger models
+            that do not take more FLOPs for a token.
     """
     sizes, tokens, flops, losses = (np.asarray(values, dtype=float) for values in (sizes, tokens, flops, losses))
     for name, values in (("size", sizes), ("tokens", tokens), ("FLOPs", flops), ("loss", losses)):
@@ -168,6 +169,11 @@ def fit_law(sizes: np.ndarray, tokens: np.ndarray, flops: np.ndarray, losses: np
         if count < fewest:
             raise ValueError(f"{count} {name}: a law of size and tokens needs {fewest} or more; add runs")
     fitter = _Fitter(sizes, tokens, flops)
+    if not fitter.rest["gamma"] > 0:
+        raise ValueError(
+            f"FLOPs for a token grow as size ** {fitter.rest['gamma']:.2g}: a law of compute needs runs whose larger "
+            "models take more; leave out what differs otherwise"
+        )
     law = fitter.fit(losses)
     expected = law(sizes, tokens)
     errors = losses / expected - 1
