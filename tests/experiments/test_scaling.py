@@ -83,6 +83,23 @@ def test_intervals_hold_the_truth_and_shrink_with_the_noise(monkeypatch):
     assert widths[1] < widths[0] / 5
 
 
+def test_errors_are_drawn_as_wide_as_the_parameters_and_students_tails_ask(monkeypatch):
+    monkeypatch.setattr(scaling_laws, "NUM_DRAWS", 5)
+    drawn, fit = [], scaling_laws._Fitter.fit
+
+    def noting(fitter, losses, start=None):
+        drawn.append(losses)
+        return fit(fitter, losses, start)
+
+    monkeypatch.setattr(scaling_laws._Fitter, "fit", noting)
+    losses = true_loss(SIZES, TOKENS) * (1 + 0.01 * np.random.default_rng(0).standard_normal(9))
+    found = fit_law(SIZES, TOKENS, FLOPS, losses)
+    wide = (found.errors - found.errors.mean()) * math.sqrt(9 / 4) * 2.7764 / 1.96  # Student's of 4, the normal's
+    for resampled in drawn[1:]:
+        errors = resampled / found.law(SIZES, TOKENS) - 1
+        assert np.abs(errors[:, None] - wide).min(1).max() < 1e-5
+
+
 def true_loss_at(compute):
     sizes = np.geomspace(1000, 9000, 2001)
     return true_loss(sizes, compute / (50 * sizes**0.9)).min()
