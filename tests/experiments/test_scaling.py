@@ -55,6 +55,7 @@ def test_the_best_size_is_the_one_with_the_least_loss_among_those_measured(law, 
     losses = true_loss(sizes, compute / (50 * sizes**0.9))
     assert law.best_size(np.array(compute)) == pytest.approx(sizes[losses.argmin()], rel=2e-2)
     assert law.at(np.array(compute)) == pytest.approx(losses.min(), rel=1e-4)
+    assert 50 * law.best_size(np.array(compute)) ** 0.9 * law.best_tokens(np.array(compute)) == pytest.approx(compute)
 
 
 def test_the_compute_for_a_loss_is_that_of_the_loss(law):
@@ -176,6 +177,7 @@ def test_kinds_of_models_are_put_side_by_side(nine_and_nine, tmp_path, few_draws
     assert found["losses"]["speech"]["SmolTolk"]["intervals"]["alpha"]["value"] == pytest.approx(0.5, rel=1e-2)
     contest = found["contests"]["speech"]["early fusion"]
     assert contest["flops"] == max(run["flops"] for run in found["groups"]["SmolTolk"])
+    assert contest["their_tokens"] > max(TOKENS)  # the best size is smaller than the largest: the page says so
     assert contest["theirs"]["value"] > contest["ours"]["value"]
     # tokens worth a quarter: four times the tokens, and a little less than that with the better size
     assert 2 < contest["ratio"]["value"] <= 4.001

@@ -108,12 +108,16 @@ class Contest:
         ours: loss of the first kind there.
         theirs: loss of the other.
         ratio: what the other needs, times that compute, for the first one's loss.
+        our_tokens: tokens that the first kind's best size has there, by its law.
+        their_tokens: those of the other.
     """
 
     flops: float
     ours: Interval
     theirs: Interval
     ratio: Interval
+    our_tokens: float
+    their_tokens: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +182,8 @@ class Scaling:
             first.interval(loss_there),
             other.interval(loss_there),
             Interval(ratio(first.law, other.law), *quantiles(drawn)),
+            float(first.law.best_tokens(np.array(flops))),
+            float(other.law.best_tokens(np.array(flops))),
         )
 
     def to_json(self) -> dict[str, Any]:

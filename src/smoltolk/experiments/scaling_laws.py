@@ -94,10 +94,13 @@ class Law:
         best = self.size * (ratio * tokens**self.beta) ** (1 / (self.alpha + self.gamma * self.beta))
         return np.clip(best, lowest, highest)
 
+    def best_tokens(self, compute: np.ndarray) -> np.ndarray:
+        """The tokens that so many FLOPs give the best size, which may be more than any run had; of any shape."""
+        return np.asarray(compute) / (self.flops * (self.best_size(compute) / self.size) ** self.gamma)
+
     def at(self, compute: np.ndarray) -> np.ndarray:
         """The least loss at so many FLOPs, with the best of the sizes it was fitted on; of any shape."""
-        sizes = self.best_size(compute)
-        return self(sizes, np.asarray(compute) / (self.flops * (sizes / self.size) ** self.gamma))
+        return self(self.best_size(compute), self.best_tokens(compute))
 
     def compute_for(self, loss: float) -> float:
         """The FLOPs that the least loss takes, infinite where it is never reached."""

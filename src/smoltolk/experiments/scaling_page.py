@@ -18,9 +18,9 @@ POINTS = 60  # of a curve
 EXPLAINED = (
     "Losses are nats per label. N: parameters of the model. D: tokens of training. C: FLOPs of training. Brackets and "
     "bands: 95 %. Lines of losses take at each C the best of the measured sizes; markers are runs, one shape for each "
-    "size. Nothing is said of other sizes; the compute that one kind needs for the other's loss may be more than it "
-    "was trained with, and is what the law says then. An alpha or beta of 0.01 or 3 is an end of the search: the runs "
-    "do not tell it."
+    "size. Nothing is said of other sizes. The best size may have more tokens than any run had, and one kind may need "
+    "more compute for the other's loss than it was trained with: the law alone says so then. An alpha or beta of 0.01 "
+    "or 3 is an end of the search: the runs do not tell it."
 )
 
 
@@ -73,13 +73,16 @@ def _laws(scaling: Scaling) -> PageTable:
 def _contests(scaling: Scaling) -> PageTable:
     first = scaling.groups[0].name
     columns = ["loss", "model", "FLOPs", "its loss", f"loss of {first}", f"compute it needs for that of {first}, ×"]
+    columns += ["its tokens", f"tokens of {first}"]
+    most = max(run.tokens for group in scaling.groups for run in group.runs)
     rows = []
     for loss in scaling.losses:
         for group in scaling.rivals:
             contest = scaling.contest(loss, group.name)
             losses = (_interval(contest.theirs, ".3f"), _interval(contest.ours, ".3f"))
             rows.append([loss, group.name, f"{contest.flops:.3g}", *losses, _interval(contest.ratio, ".2f")])
-    return PageTable(columns, rows, "At the same compute, each with its best size")
+            rows[-1] += [f"{contest.their_tokens:.3g}", f"{contest.our_tokens:.3g}"]
+    return PageTable(columns, rows, f"At the same compute, each with its best size; runs had at most {most:.3g} tokens")
 
 
 def _lines(scaling: Scaling) -> PageTable:
