@@ -62,6 +62,20 @@ def save_page(output: Path, title: str, sections: Sequence[Section]) -> Path:
     return output
 
 
+def path_of_numbers(output: Path) -> Path:
+    """The JSON file beside a page, which has its name.
+
+    Raises:
+        ValueError: the page itself would be that file.
+    """
+    path = output.with_suffix(".json")
+    if path == output:
+        raise ValueError(
+            f"output is {output}, which is where the numbers go: give a page a name such as {output.stem}.html"
+        )
+    return path
+
+
 def new_figure(width: float, height: float) -> Any:
     """An empty matplotlib figure, sizes in inches.
 

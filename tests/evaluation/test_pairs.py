@@ -257,9 +257,10 @@ def test_results_that_cannot_be_read_are_refused(model, tmp_path):
     path.write_text(json.dumps(record | {"num_items": 3}))
     with pytest.raises(ValueError, match=r"holds 20 items, but result\.json says 3"):
         load_result(tmp_path)
-    path.write_text(json.dumps({key: value for key, value in record.items() if key != "knobs"}))
-    with pytest.raises(ValueError, match="lacks knobs: evaluate the model again"):
-        load_result(tmp_path)
+    for lacking in ("knobs", "checkpoint", "precision"):
+        path.write_text(json.dumps({key: value for key, value in record.items() if key != lacking}))
+        with pytest.raises(ValueError, match=f"lacks {lacking}: evaluate the model again"):
+            load_result(tmp_path)
     path.write_text("[]")
     with pytest.raises(ValueError, match="holds no table of keys"):
         read_result(path, "c")

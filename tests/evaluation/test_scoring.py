@@ -181,6 +181,7 @@ TEXT, SPEECH = "text", "speech"
         (AUTHORS_CROSS_MODAL, (SPEECH, TEXT), "u u | ~ t* t*"),
         (AUTHORS, (None, SPEECH), "e | u* u*"),
         (AUTHORS, (SPEECH, SPEECH), "e u* u* | u* u*"),
+        (AUTHORS, (None, TEXT), "o | t* t*"),
         (SLAMKIT, (SPEECH, SPEECH), "e u* u* | u* u* e*"),
         (SLAMKIT, (SPEECH, TEXT), "e u* u* | ~* t* t*"),
         (SLAMKIT, (TEXT, SPEECH), "o t* t* | ~* u* u* e*"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def test_the_best_size_is_the_one_with_the_least_loss_among_those_measured(law, 
     losses = true_loss(sizes, compute / (50 * sizes**0.9))
     assert law.best_size(np.array(compute)) == pytest.approx(sizes[losses.argmin()], rel=2e-2)
     assert law.at(np.array(compute)) == pytest.approx(losses.min(), rel=1e-4)
+    assert 50 * law.best_size(np.array(compute)) ** 0.9 * law.best_tokens(np.array(compute)) == pytest.approx(compute)
 
 
 def test_the_compute_for_a_loss_is_that_of_the_loss(law):
@@ -82,6 +84,23 @@ def test_intervals_hold_the_truth_and_shrink_with_the_noise(monkeypatch):
     assert widths[1] < widths[0] / 5
 
 
+def test_errors_are_drawn_as_wide_as_the_parameters_and_students_tails_ask(monkeypatch):
+    monkeypatch.setattr(scaling_laws, "NUM_DRAWS", 5)
+    drawn, fit = [], scaling_laws._Fitter.fit
+
+    def noting(fitter, losses, start=None):
+        drawn.append(losses)
+        return fit(fitter, losses, start)
+
+    monkeypatch.setattr(scaling_laws._Fitter, "fit", noting)
+    losses = true_loss(SIZES, TOKENS) * (1 + 0.01 * np.random.default_rng(0).standard_normal(9))
+    found = fit_law(SIZES, TOKENS, FLOPS, losses)
+    wide = (found.errors - found.errors.mean()) * math.sqrt(9 / 4) * 2.7764 / 1.96  # Student's of 4, the normal's
+    for resampled in drawn[1:]:
+        errors = resampled / found.law(SIZES, TOKENS) - 1
+        assert np.abs(errors[:, None] - wide).min(1).max() < 1e-5
+
+
 def true_loss_at(compute):
     sizes = np.geomspace(1000, 9000, 2001)
     return true_loss(sizes, compute / (50 * sizes**0.9)).min()
@@ -95,6 +114,8 @@ def test_too_few_runs_and_numbers_that_are_none_are_refused():
         fit_law(np.minimum(SIZES, 3000), TOKENS, FLOPS, losses)
     with pytest.raises(ValueError, match="a run has loss nan"):
         fit_law(SIZES, TOKENS, FLOPS, np.append(losses[:-1], np.nan))
+    with pytest.raises(ValueError, match="FLOPs for a token grow as size"):
+        fit_law(SIZES, TOKENS, 50 * SIZES**-0.5 * TOKENS, losses)
     with pytest.raises(ValueError, match="1 different FLOPs"):
         fit_line([1e9] * 3, [0.5, 0.6, 0.7])
 
@@ -115,7 +136,7 @@ def test_the_line_of_accuracies_is_that_of_least_squares():
 
 def make_run(folder, size=1000, tokens=2e5, *, changes=None, config=None, loss=None, accuracy=0.5, **recipe):
     """A finished run as training leaves it, with a result of ten items."""
-    settings = tiny_recipe(folder.parent, folder)
+    settings = tiny_recipe(Path("world"), folder)
     (folder / "model").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings | recipe))
     steps = sum(stage["steps"] for stage in settings["stages"])
@@ -156,6 +177,7 @@ def test_kinds_of_models_are_put_side_by_side(nine_and_nine, tmp_path, few_draws
     assert found["losses"]["speech"]["SmolTolk"]["intervals"]["alpha"]["value"] == pytest.approx(0.5, rel=1e-2)
     contest = found["contests"]["speech"]["early fusion"]
     assert contest["flops"] == max(run["flops"] for run in found["groups"]["SmolTolk"])
+    assert contest["their_tokens"] > max(TOKENS)  # the best size is smaller than the largest: the page says so
     assert contest["theirs"]["value"] > contest["ours"]["value"]
     # tokens worth a quarter: four times the tokens, and a little less than that with the better size
     assert 2 < contest["ratio"]["value"] <= 4.001
@@ -165,6 +187,70 @@ def test_kinds_of_models_are_put_side_by_side(nine_and_nine, tmp_path, few_draws
     html = page.read_text()
     assert html.count("data:image/png;base64,") == 2
     assert "http" not in html
+
+
+def test_kinds_are_held_against_each_other_by_draws_of_their_own(nine_and_nine, few_draws):
+    scaling = compare_scaling([f"a={run}" for run in nine_and_nine[:9]] + [f"b={run}" for run in nine_and_nine[9:]])
+    same = scaling.groups[1].law("speech", seed=0)
+    own = scaling.laws["speech"]["b"]
+    assert own.law == same.law
+    assert [law.alpha for law in own.draws] != [law.alpha for law in same.draws]
+
+
+def test_kinds_without_like_compute_are_not_held_against_each_other(tmp_path, few_draws):
+    ours = make_grid(tmp_path / "ours")
+    theirs = [
+        make_run(tmp_path / "theirs" / f"{i}", 10 * size, 100 * tokens, config=EARLY_FUSION)
+        for i, (size, tokens) in enumerate(zip(SIZES, TOKENS, strict=True))
+    ]
+    scaling = compare_scaling([*ours, *theirs])
+    assert scaling.rivals == []
+    assert scaling.to_json()["contests"] == {"speech": {}}
+    assert scaling.notes == [
+        "SmolTolk and early fusion share no range of compute: they are not held against each other"
+    ]
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path):
+    run = make_run(tmp_path / "rate=0.003")
+    assert [group.name for group in compare_scaling([run]).groups] == ["SmolTolk"]
+    assert [group.name for group in compare_scaling([f"mine={run}"]).groups] == ["mine"]
+    with pytest.raises(ValueError, match=r"rate=0\.004 holds no finished run"):
+        compare_scaling([str(tmp_path / "rate=0.004")])
+
+
+def test_what_differs_as_between_seeds_is_noted(tmp_path):
+    one = make_run(tmp_path / "one")
+    other = make_run(tmp_path / "other", config={"speech_tokenizer": {"fingerprint": "other"}})
+    path = tmp_path / "other" / "cloze" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"items_fingerprint": "other"}))
+    assert compare_scaling([one, other]).notes == [
+        f"speech tokenizer differs between runs, such as {one} and {other}",
+        f"cloze: items_fingerprint differs between runs, such as {one} and {other}",
+    ]
+
+
+def test_results_of_generation_have_no_accuracy_and_are_passed_over(tmp_path):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "run" / "spoken").mkdir()
+    (tmp_path / "run" / "spoken" / "result.json").write_text(
+        json.dumps({"protocol": "generation-1", "checkpoint": "c"})
+    )
+    assert compare_scaling([run]).numbers == [("cloze", "S→S", "story")]
+    (tmp_path / "run" / "spoken" / "result.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no result of `smoltolk evaluate`"):
+        compare_scaling([run])
+
+
+def test_a_name_in_brackets_is_printed_and_the_page_is_not_written_over_its_numbers(
+    nine_and_nine, tmp_path, few_draws, capsys
+):
+    runs = [f"[x] [inf, inf]={run}" for run in nine_and_nine[:9]]
+    assert cli.main(["scaling", *runs, "--output", str(tmp_path / "scaling.json")]) == 1
+    printed = capsys.readouterr()
+    assert "[x] [inf, inf]" in printed.out
+    assert "give a page a name such as scaling.html" in printed.err
+    assert not (tmp_path / "scaling.json").exists()
 
 
 def test_a_name_says_what_belongs_together(nine_and_nine, few_draws):
@@ -199,6 +285,9 @@ def test_unlike_runs_are_refused(tmp_path):
     other = make_run(tmp_path / "other", config={"lm_config": tiny_lm_config(vocab_size=60)})
     with pytest.raises(ValueError, match="not alike: text vocabulary is 50 in one and 60 in the other"):
         compare_scaling([one, other])
+    switching = make_run(tmp_path / "switching", config={"predict_switch": True})
+    with pytest.raises(ValueError, match="predict_switch is False in one and True in the other"):
+        compare_scaling([one, switching])
     knobs = json.loads((tmp_path / "one" / "cloze" / "result.json").read_text())["knobs"]
     third = make_run(tmp_path / "third")
     path = tmp_path / "third" / "cloze" / "result.json"

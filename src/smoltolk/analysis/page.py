@@ -8,7 +8,7 @@ import numpy as np
 
 from smoltolk.analysis.analyze import Comparison
 from smoltolk.analysis.uncertainty import Mean
-from smoltolk.pages import PageTable, Section, colours, data_uri, new_figure, save_page
+from smoltolk.pages import PageTable, Section, colours, data_uri, new_figure, path_of_numbers, save_page
 from smoltolk.speech.audio import write_atomically
 
 LENS = "Logit lens: what the text head reads off each level where a word ends"
@@ -62,6 +62,7 @@ def write_page(comparison: Comparison, output: Path) -> Path:
         output: the HTML file; the JSON file has its name.
 
     Raises:
+        ValueError: the page would have the name of the JSON file.
         ImportError: matplotlib or Jinja is not installed.
         OSError: a file cannot be written.
     """
@@ -79,7 +80,7 @@ def write_page(comparison: Comparison, output: Path) -> Path:
     settings = "; ".join(f"{name}: {value}" for name, value in vars(comparison.settings).items())
     sections.append(Section("Settings", text=settings))
     record = json.dumps(comparison.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
-    write_atomically(output.with_suffix(".json"), record.encode())
+    write_atomically(path_of_numbers(output), record.encode())
     return save_page(output, "Analysis", sections)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -230,9 +231,9 @@ def _scaling(options: argparse.Namespace) -> None:
 
     scaling = compare_scaling(options.runs)
     for found in tables(scaling):
-        table = Table(*found.columns, title=found.caption)
+        table = Table(*map(escape, found.columns), title=found.caption)
         for row in found.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         _print_wide(table)
     for note in scaling.notes:
         print(f"note: {note}")

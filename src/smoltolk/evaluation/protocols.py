@@ -79,9 +79,10 @@ CHOICES = {
 }
 
 CONTINUATION = Protocol("continuation-mean", span="continuation")
-# The authors' scripts/nll_eval.py (github.com/Anon-SmolTolk/SmolTolk): units alone, their own end token in front.
+# The authors' scripts/nll_eval.py (github.com/Anon-SmolTolk/SmolTolk): units alone, their own end token in front, which
+# is end-of-speech; text, which they do not score so, gets end-of-text and not a token that no text follows.
 # StoryCloze is won by a strictly higher score; sWUGGY and sBLIMP go through the Zero Resource scorer.
-AUTHORS = Protocol("authors", span="sequence", start="end-of-speech", cloze_tie_credit=0.0)
+AUTHORS = Protocol("authors", span="sequence", start="own-end", cloze_tie_credit=0.0)
 # Their scripts/cross-modal_eval.py, which also puts 10 text tokens before speech prompts in S→T (`num_prefix_tokens`).
 AUTHORS_CROSS_MODAL = Protocol("authors-cross-modal", span="continuation", tie_credit=0.0)
 # slamkit puts its tokenizer's own start in front; here the end token of the modality, as these models have no other.

@@ -284,7 +284,8 @@ def load_result(folder: Path) -> StoredResult:
         ValueError: a file is missing or cannot be read, or both do not belong together.
     """
     record = _read_json(folder / RESULT_FILE)
-    if missing := [key for key in ("task", "knobs", "averages", "accuracy", "items_fingerprint") if key not in record]:
+    needed = ("task", "protocol", "knobs", "precision", "averages", "accuracy", "items_fingerprint", "checkpoint")
+    if missing := [key for key in needed if key not in record]:
         raise ValueError(f"{folder / RESULT_FILE} lacks {missing[0]}: evaluate the model again")
     path = folder / ITEMS_FILE
     try:

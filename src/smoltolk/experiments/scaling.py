@@ -1,5 +1,6 @@
 """Loss and accuracy of several runs against compute, by kind of model."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from smoltolk.evaluation.generation import PROTOCOL as GENERATION
 from smoltolk.evaluation.results import RESULT_FILE, first_difference, load_result
 from smoltolk.experiments.scaling_laws import Fit, Interval, Law, Line, fit_law, fit_line, quantiles
 from smoltolk.model.card import describe
@@ -36,6 +38,7 @@ class ScalingRun:
         losses: its last validation losses, by name.
         accuracies: shares of right answers of the results in its folder.
         alike: what runs that are put side by side have in common: recipes' validation, vocabulary, tasks, protocols.
+        odd: what may differ between them and may matter, as between seeds: tokenizer, validation's stores, items.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class ScalingRun:
     losses: dict[str, float]
     accuracies: dict[Number, float]
     alike: dict[str, Any]
+    odd: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +68,12 @@ class Group:
         """FLOPs of each run, (num_runs,)."""
         return np.array([run.flops for run in self.runs], dtype=float)
 
-    def law(self, loss: str) -> Fit:
+    def law(self, loss: str, *, seed: int = 0) -> Fit:
         """The law of one of the losses.
+
+        Args:
+            loss: its name.
+            seed: seed of the draws; laws that are compared need draws of their own.
 
         Raises:
             ValueError: there are too few runs for it.
@@ -75,7 +83,7 @@ class Group:
             for values in zip(*((run.size, run.tokens, run.losses[loss]) for run in self.runs), strict=True)
         )
         try:
-            return fit_law(sizes, tokens, self.flops, losses)
+            return fit_law(sizes, tokens, self.flops, losses, seed=seed)
         except ValueError as error:
             raise ValueError(f"{self.name}, loss {loss}: {error}") from error
 
@@ -100,12 +108,16 @@ class Contest:
         ours: loss of the first kind there.
         theirs: loss of the other.
         ratio: what the other needs, times that compute, for the first one's loss.
+        our_tokens: tokens that the first kind's best size has there, by its law.
+        their_tokens: those of the other.
     """
 
     flops: float
     ours: Interval
     theirs: Interval
     ratio: Interval
+    our_tokens: float
+    their_tokens: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,15 +145,28 @@ class Scaling:
     @cached_property
     def laws(self) -> dict[str, dict[str, Fit]]:
         """The law of each loss and each kind."""
-        return {loss: {group.name: group.law(loss) for group in self.groups} for loss in self.losses}
+        return {
+            loss: {group.name: group.law(loss, seed=seed) for seed, group in enumerate(self.groups)}
+            for loss in self.losses
+        }
 
     @cached_property
     def lines(self) -> dict[Number, dict[str, Line]]:
         """The line of each accuracy and each kind."""
         return {number: {group.name: group.line(number) for group in self.groups} for number in self.numbers}
 
+    @cached_property
+    def rivals(self) -> list[Group]:
+        """The kinds but for the first whose measured compute overlaps with the first one's."""
+        first = self.groups[0].flops
+        return [
+            group
+            for group in self.groups[1:]
+            if max(first.min(), group.flops.min()) <= min(first.max(), group.flops.max())
+        ]
+
     def contest(self, loss: str, name: str) -> Contest:
-        """How a kind does against the first at the most compute that both were trained with."""
+        """How one of the rivals does against the first kind at the most compute that both were trained with."""
         first, other = self.laws[loss][self.groups[0].name], self.laws[loss][name]
         flops = min(max(group.flops) for group in self.groups if group.name in (self.groups[0].name, name))
 
@@ -157,6 +182,8 @@ class Scaling:
             first.interval(loss_there),
             other.interval(loss_there),
             Interval(ratio(first.law, other.law), *quantiles(drawn)),
+            float(first.law.best_tokens(np.array(flops))),
+            float(other.law.best_tokens(np.array(flops))),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -168,7 +195,7 @@ class Scaling:
                 loss: {name: _fit_to_json(fit) for name, fit in fits.items()} for loss, fits in self.laws.items()
             },
             "contests": {
-                loss: {group.name: asdict(self.contest(loss, group.name)) for group in self.groups[1:]}
+                loss: {group.name: asdict(self.contest(loss, group.name)) for group in self.rivals}
                 for loss in self.losses
             },
             "accuracies": [
@@ -191,7 +218,7 @@ def compare_scaling(runs: Sequence[str]) -> Scaling:
 
     Args:
         runs: folders of finished runs, each with the results in it; NAME=FOLDER says which kind of model one is, else
-            its architecture does.
+            its architecture does. A folder may have = in its own name.
 
     Raises:
         ValueError: a folder holds no finished run, a run is given twice, or runs cannot be put side by side; names the
@@ -199,7 +226,7 @@ def compare_scaling(runs: Sequence[str]) -> Scaling:
     """
     groups: dict[str, list[ScalingRun]] = {}
     for given in runs:
-        name, _, folder = given.rpartition("=") if not Path(given).is_dir() else ("", "", given)
+        name, folder = _parse(given)
         run, kind = read_scaling_run(Path(folder))
         for other in (other for others in groups.values() for other in others):
             if other.folder.resolve() == run.folder.resolve():
@@ -207,9 +234,20 @@ def compare_scaling(runs: Sequence[str]) -> Scaling:
         groups.setdefault(name or kind, []).append(run)
     scaling = Scaling([Group(name, members) for name, members in groups.items()], [])
     scaling.notes.extend(_differences([run for members in groups.values() for run in members]))
+    scaling.notes.extend(
+        f"{scaling.groups[0].name} and {group.name} share no range of compute: they are not held against each other"
+        for group in scaling.groups[1:]
+        if group not in scaling.rivals
+    )
     if not scaling.losses and not scaling.numbers:
         raise ValueError("no loss and no accuracy is in all runs: set validation in their recipes, or evaluate them")
     return scaling
+
+
+def _parse(given: str) -> tuple[str, str]:
+    """The name, empty for none, and the folder."""
+    name, equals, folder = given.partition("=")
+    return (name, folder) if equals and "/" not in name and not Path(given).is_dir() else ("", given)
 
 
 def read_scaling_run(folder: Path) -> tuple[ScalingRun, str]:
@@ -235,18 +273,38 @@ def read_scaling_run(folder: Path) -> tuple[ScalingRun, str]:
     alike: dict[str, Any] = {
         "text vocabulary": config.ids.text_vocab_size,
         "units": config.num_units,
-        "validation": {"rows": recipe.validation.rows, "policy": recipe.data.policy.model_dump(mode="json")},
+        "predict_switch": config.predict_switch,
+        "validation": {
+            "rows": recipe.validation.rows,
+            "row_tokens": recipe.stages[-1].row_tokens,
+            "policy": recipe.data.policy.model_dump(mode="json"),
+        },
+    }
+    odd: dict[str, Any] = {
+        "speech tokenizer": config.speech_tokenizer,
+        "stores": {task: [share.store for share in recipe.data.stores(task)] for task in losses},
     }
     for path in sorted(folder.rglob(RESULT_FILE)):
+        if _is_of_generation(path):
+            continue
         result = load_result(path.parent)
         if result.record["checkpoint"] != checkpoint:
             raise ValueError(f"{path} is a result of another model than {model}: evaluate it again")
         place = path.parent.relative_to(folder).as_posix()
         alike[place] = {key: result.record.get(key) for key in ("task", "split", "knobs", "truncates_prompts")}
+        odd |= {f"{place}: {key}": result.record.get(key) for key in ("precision", "items_fingerprint")}
         for group, names in result.record["accuracy"].items():
             accuracies |= {(place, group, name): float(found["accuracy"]) for name, found in names.items()}
-    run = ScalingRun(folder, num_parameters(model), int(last["tokens"]), int(last["flops"]), losses, accuracies, alike)
-    return run, kind_of(config, recipe)
+    size, tokens, flops = num_parameters(model), int(last["tokens"]), int(last["flops"])
+    return ScalingRun(folder, size, tokens, flops, losses, accuracies, alike, odd), kind_of(config, recipe)
+
+
+def _is_of_generation(path: Path) -> bool:
+    """Whether a result has no accuracy to it, that of `smoltolk evaluate-generation`."""
+    try:
+        return bool(json.loads(path.read_bytes())["protocol"] == GENERATION)
+    except (ValueError, TypeError, KeyError):  # not even a result: said where it is read
+        return False
 
 
 def kind_of(config: SmolTolkConfig, recipe: Recipe) -> str:
@@ -280,6 +338,10 @@ def _differences(runs: list[ScalingRun]) -> list[str]:
                 f"runs {first.folder} and {run.folder} are not alike: {found[0]} is {found[1]!r} in one and "
                 f"{found[2]!r} in the other; their numbers cannot be put side by side"
             )
+    for key in dict.fromkeys(key for run in runs for key in run.odd):
+        having = [run for run in runs if key in run.odd]
+        if others := [run for run in having if run.odd[key] != having[0].odd[key]]:
+            notes.append(f"{key} differs between runs, such as {having[0].folder} and {others[0].folder}")
     numbers: dict[str, list[dict[Any, float]]] = {
         "loss": [run.losses for run in runs],
         "accuracy": [run.accuracies for run in runs],

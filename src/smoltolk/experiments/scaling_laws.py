@@ -94,10 +94,13 @@ class Law:
         best = self.size * (ratio * tokens**self.beta) ** (1 / (self.alpha + self.gamma * self.beta))
         return np.clip(best, lowest, highest)
 
+    def best_tokens(self, compute: np.ndarray) -> np.ndarray:
+        """The tokens that so many FLOPs give the best size, which may be more than any run had; of any shape."""
+        return np.asarray(compute) / (self.flops * (self.best_size(compute) / self.size) ** self.gamma)
+
     def at(self, compute: np.ndarray) -> np.ndarray:
         """The least loss at so many FLOPs, with the best of the sizes it was fitted on; of any shape."""
-        sizes = self.best_size(compute)
-        return self(sizes, np.asarray(compute) / (self.flops * (sizes / self.size) ** self.gamma))
+        return self(self.best_size(compute), self.best_tokens(compute))
 
     def compute_for(self, loss: float) -> float:
         """The FLOPs that the least loss takes, infinite where it is never reached."""
@@ -143,7 +146,7 @@ def fit_law(sizes: np.ndarray, tokens: np.ndarray, flops: np.ndarray, losses: np
     """Fits the law to runs by least squares of relative errors.
 
     Intervals come from `NUM_DRAWS` fits to the law's own losses with its relative errors drawn anew, widened for the
-    five parameters that were fitted.
+    five parameters that were fitted and, as Student's, for the few runs that are left to tell the errors' size.
 
     Args:
         sizes: number of parameters of each run, (num_runs,).
@@ -153,7 +156,8 @@ def fit_law(sizes: np.ndarray, tokens: np.ndarray, flops: np.ndarray, losses: np
         seed: seed of the draws.
 
     Raises:
-        ValueError: too few runs, sizes or numbers of tokens; or a number that is not finite and above 0.
+        ValueError: too few runs, sizes or numbers of tokens; a number that is not finite and above 0; or larger models
+            that do not take more FLOPs for a token.
     """
     sizes, tokens, flops, losses = (np.asarray(values, dtype=float) for values in (sizes, tokens, flops, losses))
     for name, values in (("size", sizes), ("tokens", tokens), ("FLOPs", flops), ("loss", losses)):
@@ -168,10 +172,17 @@ def fit_law(sizes: np.ndarray, tokens: np.ndarray, flops: np.ndarray, losses: np
         if count < fewest:
             raise ValueError(f"{count} {name}: a law of size and tokens needs {fewest} or more; add runs")
     fitter = _Fitter(sizes, tokens, flops)
+    if not fitter.rest["gamma"] > 0:
+        raise ValueError(
+            f"FLOPs for a token grow as size ** {fitter.rest['gamma']:.2g}: a law of compute needs runs whose larger "
+            "models take more; leave out what differs otherwise"
+        )
     law = fitter.fit(losses)
     expected = law(sizes, tokens)
     errors = losses / expected - 1
-    wide = (errors - errors.mean()) * math.sqrt(len(errors) / (len(errors) - 5))
+    freedom = len(errors) - 5  # without the tails some 86 % of intervals of 9 runs with normal errors held the truth
+    tails = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
+    wide = (errors - errors.mean()) * math.sqrt(len(errors) / freedom) * tails
     generator = np.random.default_rng(seed)
     draws = [
         fitter.fit(expected * (1 + generator.choice(wide, len(wide))), (law.alpha, law.beta)) for _ in range(NUM_DRAWS)

@@ -10,15 +10,17 @@ import numpy as np
 
 from smoltolk.experiments.scaling import QUANTITIES, Group, Number, Scaling
 from smoltolk.experiments.scaling_laws import Interval
-from smoltolk.pages import PageTable, Section, colours, data_uri, new_figure, save_page
+from smoltolk.pages import PageTable, Section, colours, data_uri, new_figure, path_of_numbers, save_page
 from smoltolk.speech.audio import write_atomically
 
 MARKERS = "osD^vP*X"
 POINTS = 60  # of a curve
 EXPLAINED = (
-    "N: parameters of the model. D: tokens of training. C: FLOPs of training. Brackets and bands: 95 %. Lines of "
-    "losses take at each C the best of the measured sizes; markers are runs, one shape for each size. Outside of what "
-    "was measured nothing is said. An alpha or beta of 0.01 or 3 is an end of the search: the runs do not tell it."
+    "Losses are nats per label. N: parameters of the model. D: tokens of training. C: FLOPs of training. Brackets and "
+    "bands: 95 %. Lines of losses take at each C the best of the measured sizes; markers are runs, one shape for each "
+    "size. Nothing is said of other sizes. The best size may have more tokens than any run had, and one kind may need "
+    "more compute for the other's loss than it was trained with: the law alone says so then. An alpha or beta of 0.01 "
+    "or 3 is an end of the search: the runs do not tell it."
 )
 
 
@@ -30,9 +32,11 @@ def write_page(scaling: Scaling, output: Path) -> Path:
         output: the HTML file; the JSON file has its name.
 
     Raises:
+        ValueError: the page would have the name of the JSON file.
         ImportError: matplotlib or Jinja is not installed.
         OSError: a file cannot be written.
     """
+    numbers = path_of_numbers(output)
     sections = [Section(text=EXPLAINED)]
     if scaling.losses:
         sections.append(Section("Validation loss against compute", _losses_picture(scaling)))
@@ -41,7 +45,7 @@ def write_page(scaling: Scaling, output: Path) -> Path:
     sections.append(Section("Numbers", tables=[*tables(scaling), _runs(scaling)]))
     sections += [Section(text=note) for note in scaling.notes]
     record = json.dumps(scaling.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
-    write_atomically(output.with_suffix(".json"), record.encode())
+    write_atomically(numbers, record.encode())
     return save_page(output, "Scaling", sections)
 
 
@@ -69,17 +73,28 @@ def _laws(scaling: Scaling) -> PageTable:
 def _contests(scaling: Scaling) -> PageTable:
     first = scaling.groups[0].name
     columns = ["loss", "model", "FLOPs", "its loss", f"loss of {first}", f"compute it needs for that of {first}, ×"]
+    columns += ["its tokens", f"tokens of {first}"]
+    most = max(run.tokens for group in scaling.groups for run in group.runs)
     rows = []
     for loss in scaling.losses:
-        for group in scaling.groups[1:]:
+        for group in scaling.rivals:
             contest = scaling.contest(loss, group.name)
             losses = (_interval(contest.theirs, ".3f"), _interval(contest.ours, ".3f"))
             rows.append([loss, group.name, f"{contest.flops:.3g}", *losses, _interval(contest.ratio, ".2f")])
-    return PageTable(columns, rows, "At the same compute, each with its best size")
+            rows[-1] += [f"{contest.their_tokens:.3g}", f"{contest.our_tokens:.3g}"]
+    return PageTable(columns, rows, f"At the same compute, each with its best size; runs had at most {most:.3g} tokens")
 
 
 def _lines(scaling: Scaling) -> PageTable:
-    columns = ["accuracy", "model", "runs", "points for ten times the compute", "FLOPs", "% there", "spread of runs"]
+    columns = [
+        "accuracy",
+        "model",
+        "runs",
+        "points for ten times the compute",
+        "FLOPs",
+        "% there",
+        "spread of runs, points",
+    ]
     rows = []
     for number, lines in scaling.lines.items():
         flops = math.sqrt(min(group.flops.max() for group in scaling.groups) * max(_least(scaling)))
