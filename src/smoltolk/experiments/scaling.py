@@ -13,7 +13,7 @@ import numpy as np
 
 from smoltolk.evaluation.generation import PROTOCOL as GENERATION
 from smoltolk.evaluation.results import RESULT_FILE, first_difference, load_result
-from smoltolk.experiments.scaling_laws import Fit, Interval, Law, Line, fit_law, fit_line, quantiles
+from smoltolk.experiments.scaling_laws import Fit, Interval, Law, Line, check_enough, fit_law, fit_line, quantiles
 from smoltolk.model.card import describe
 from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.fingerprint import checkpoint_fingerprint, num_parameters
@@ -143,8 +143,21 @@ class Scaling:
         return _shared([run.accuracies for group in self.groups for run in group.runs])
 
     @cached_property
+    def shortage(self) -> str | None:
+        """Why there are no laws: the kind of model that has too few runs for one."""
+        for group in self.groups:
+            sizes, tokens = (np.array([getattr(run, name) for run in group.runs]) for name in ("size", "tokens"))
+            try:
+                check_enough(sizes, tokens)
+            except ValueError as error:
+                return f"{group.name} has {error}"
+        return None
+
+    @cached_property
     def laws(self) -> dict[str, dict[str, Fit]]:
-        """The law of each loss and each kind."""
+        """The law of each loss and each kind; none where a kind has too few runs."""
+        if self.shortage:
+            return {}
         return {
             loss: {group.name: group.law(loss, seed=seed) for seed, group in enumerate(self.groups)}
             for loss in self.losses
@@ -196,7 +209,7 @@ class Scaling:
             },
             "contests": {
                 loss: {group.name: asdict(self.contest(loss, group.name)) for group in self.rivals}
-                for loss in self.losses
+                for loss in self.laws
             },
             "accuracies": [
                 {
@@ -241,6 +254,10 @@ def compare_scaling(runs: Sequence[str]) -> Scaling:
     )
     if not scaling.losses and not scaling.numbers:
         raise ValueError("no loss and no accuracy is in all runs: set validation in their recipes, or evaluate them")
+    if scaling.losses and scaling.shortage:
+        if not scaling.numbers:
+            raise ValueError(scaling.shortage)
+        scaling.notes.append(f"no laws of losses: {scaling.shortage}")
     return scaling
 
 

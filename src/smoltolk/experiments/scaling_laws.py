@@ -164,13 +164,7 @@ def fit_law(sizes: np.ndarray, tokens: np.ndarray, flops: np.ndarray, losses: np
         wrong = values[~(np.isfinite(values) & (values > 0))]
         if len(wrong):
             raise ValueError(f"a run has {name} {wrong[0]}: it has to be finite and above 0; leave the run out")
-    for name, count, fewest in (
-        ("runs", len(losses), FEWEST_RUNS),
-        ("sizes", len(np.unique(sizes)), FEWEST),
-        ("numbers of tokens", len(np.unique(tokens)), FEWEST),
-    ):
-        if count < fewest:
-            raise ValueError(f"{count} {name}: a law of size and tokens needs {fewest} or more; add runs")
+    check_enough(sizes, tokens)
     fitter = _Fitter(sizes, tokens, flops)
     if not fitter.rest["gamma"] > 0:
         raise ValueError(
@@ -188,6 +182,25 @@ def fit_law(sizes: np.ndarray, tokens: np.ndarray, flops: np.ndarray, losses: np
         fitter.fit(expected * (1 + generator.choice(wide, len(wide))), (law.alpha, law.beta)) for _ in range(NUM_DRAWS)
     ]
     return Fit(law, draws, errors)
+
+
+def check_enough(sizes: np.ndarray, tokens: np.ndarray) -> None:
+    """Refuses runs that are too few for a law.
+
+    Args:
+        sizes: number of parameters of each run, (num_runs,).
+        tokens: tokens it was trained on, (num_runs,).
+
+    Raises:
+        ValueError: too few runs, sizes or numbers of tokens.
+    """
+    for name, count, fewest in (
+        ("runs", len(sizes), FEWEST_RUNS),
+        ("sizes", len(np.unique(sizes)), FEWEST),
+        ("numbers of tokens", len(np.unique(tokens)), FEWEST),
+    ):
+        if count < fewest:
+            raise ValueError(f"{count} {name}: a law of size and tokens needs {fewest} or more; add runs")
 
 
 class _Fitter:

@@ -38,7 +38,7 @@ def write_page(scaling: Scaling, output: Path) -> Path:
     """
     numbers = path_of_numbers(output)
     sections = [Section(text=EXPLAINED)]
-    if scaling.losses:
+    if scaling.laws:
         sections.append(Section("Validation loss against compute", _losses_picture(scaling)))
     if scaling.numbers:
         sections.append(Section("Accuracy against compute", _accuracies_picture(scaling)))
@@ -76,7 +76,7 @@ def _contests(scaling: Scaling) -> PageTable:
     columns += ["its tokens", f"tokens of {first}"]
     most = max(run.tokens for group in scaling.groups for run in group.runs)
     rows = []
-    for loss in scaling.losses:
+    for loss in scaling.laws:
         for group in scaling.rivals:
             contest = scaling.contest(loss, group.name)
             losses = (_interval(contest.theirs, ".3f"), _interval(contest.ours, ".3f"))
@@ -154,8 +154,8 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
 
 
 def _losses_picture(scaling: Scaling) -> str:
-    figure, panels = _figure(len(scaling.losses))
-    for panel, loss in zip(panels, scaling.losses, strict=True):
+    figure, panels = _figure(len(scaling.laws))
+    for panel, loss in zip(panels, scaling.laws, strict=True):
         for colour, group in zip(colours(), scaling.groups, strict=False):
             flops = _span(group)
             fit = scaling.laws[loss][group.name]
