@@ -56,7 +56,7 @@ def test_ctrl_c_says_how_to_resume(command, capsys, monkeypatch):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    module = cli.data if command[0] == "prepare" else cli.models
+    module = cli.data if command[0] == "prepare" else cli.training
     monkeypatch.setattr(module, f"_{command[0]}", interrupted)
     assert cli.main(command) == 130
     assert "run the same command to go on" in capsys.readouterr().err

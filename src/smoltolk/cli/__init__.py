@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from smoltolk.cli import data, models, speech, stores, vocoders
+from smoltolk.cli import data, evaluation, models, speech, stores, training, vocoders
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -35,6 +35,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(resume_hint="stopped; run the same command to go on")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    for part in (speech, vocoders, data, stores, models):
+    for part in (speech, vocoders, data, stores, training, evaluation, models):
         part.add_commands(commands)
     return parser
