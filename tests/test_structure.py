@@ -1,6 +1,7 @@
 """The package's shape: imports point one way, and what it exports is what it says."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import smoltolk
@@ -47,6 +48,25 @@ def test_imports_point_down_only():
             if part != here and LEVEL[part] >= LEVEL[here]:
                 wrong.append(f"{path.relative_to(SOURCE)} imports {part}")
     assert wrong == []
+
+
+def imported_files(path):
+    """Files of the package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            folder = path.parents[node.level - 1] if node.level else SOURCE.parent
+            module = folder.joinpath(*(node.module or "").split("."))
+            for target in (module, *(module / alias.name for alias in node.names)):
+                if target.with_suffix(".py").exists():
+                    yield target.with_suffix(".py")
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = {path: set(imported_files(path)) for path in SOURCE.rglob("*.py")}
+    assert files[SOURCE / "speech" / "mel.py"] == {
+        SOURCE / "speech" / name for name in ("audio.py", "clustering.py", "units.py")
+    }
+    TopologicalSorter(files).prepare()  # raises for a circle, and names it
 
 
 def test_the_model_files_import_siblings_only_so_that_they_can_travel_with_a_model():

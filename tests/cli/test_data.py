@@ -1,7 +1,5 @@
 """`smoltolk prepare`: what it takes, prints and refuses."""
 
-import sys
-from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -80,6 +78,6 @@ def test_an_aligner_is_made_as_the_options_say(command, monkeypatch):
         made.append((kind, model, min_confidence, device))
         raise ImportError("pip install 'smoltolk[align]'")
 
-    monkeypatch.setitem(sys.modules, "smoltolk.speech.alignment", SimpleNamespace(make_aligner=make_aligner))
+    monkeypatch.setattr("smoltolk.speech.kinds.make_aligner", make_aligner)
     assert cli.main([*command, "--aligner", "ctc", "--aligner-model", "m", "--min-confidence", "0.5"]) == 1
     assert made == [("ctc", "m", 0.5, "cpu")]

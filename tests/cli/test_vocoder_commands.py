@@ -16,8 +16,8 @@ from transformers.models.mimi import modeling_mimi
 from smoltolk import cli
 from smoltolk.speech.audio import save_wav
 from smoltolk.speech.hifigan import UnitHifiGan
+from smoltolk.speech.kinds import load_vocoder
 from smoltolk.speech.mel import MelSettings, MelTokenizer
-from smoltolk.speech.vocoder import load_vocoder
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from smoltolk import cli
 from smoltolk.data.check import check_store
 from smoltolk.data.prepare import prepare
 from smoltolk.data.store import Store
-from smoltolk.speech.alignment import make_aligner
 from smoltolk.speech.audio import load_audio, save_wav
+from smoltolk.speech.kinds import make_aligner
 from smoltolk.speech.synthesis import EspeakSynthesizer
 
 TEXTS = ("the dog ran home to eat.", "one morning we went to the market.")

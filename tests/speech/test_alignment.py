@@ -18,9 +18,10 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from smoltolk.speech.alignment import AlignmentError, TimedWord, align_words, joined_text, make_aligner
+from smoltolk.speech.alignment import AlignmentError, TimedWord, align_words, joined_text
 from smoltolk.speech.audio import load_audio
 from smoltolk.speech.ctc_aligner import WILDCARD, CtcAligner, ctc_forced_alignment
+from smoltolk.speech.kinds import make_aligner
 from smoltolk.speech.pocketsphinx_aligner import PocketsphinxAligner
 from smoltolk.speech.pronunciation import pronounce
 from smoltolk.speech.synthesis import EspeakSynthesizer

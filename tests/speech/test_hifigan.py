@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smoltolk.speech.hifigan import UnitHifiGan, import_unit_hifigan
+from smoltolk.speech.kinds import load_vocoder
 from smoltolk.speech.mel import MelSettings, MelTokenizer
-from smoltolk.speech.vocoder import load_vocoder
 
 CONFIG: dict[str, Any] = {  # keys and their order of magnitude as published; sizes made tiny
     "resblock": "1",

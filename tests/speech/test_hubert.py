@@ -21,7 +21,7 @@ from transformers import (
 from smoltolk.speech import clustering
 from smoltolk.speech import hubert as hubert_module
 from smoltolk.speech.hubert import HubertSettings, HubertTokenizer, load_hubert
-from smoltolk.speech.units import load_speech_tokenizer
+from smoltolk.speech.kinds import load_speech_tokenizer
 
 PRE_NORM = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 LIKE_HUBERT = [

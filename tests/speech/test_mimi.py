@@ -10,8 +10,8 @@ from tests.speech.models import noise, tiny_hubert, tiny_mimi, tiny_mimi_tokeniz
 from transformers import MimiModel
 from transformers.models.mimi import modeling_mimi
 
+from smoltolk.speech.kinds import load_speech_tokenizer
 from smoltolk.speech.mimi import MimiSettings, MimiTokenizer
-from smoltolk.speech.units import load_speech_tokenizer
 
 RATE_HZ = 24_000
 

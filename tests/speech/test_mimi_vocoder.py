@@ -8,9 +8,9 @@ import torch
 from transformers import MimiConfig, MimiModel
 from transformers.models.mimi import modeling_mimi
 
+from smoltolk.speech.kinds import load_vocoder
 from smoltolk.speech.mel import MelSettings, MelTokenizer
 from smoltolk.speech.mimi_vocoder import MimiVocoder
-from smoltolk.speech.vocoder import load_vocoder
 
 HOP_SAMPLES = 96
 

@@ -5,8 +5,8 @@ import pytest
 from tests.speech.models import noise, tiny_hubert_tokenizer, tiny_mimi_tokenizer
 from transformers.models.mimi import modeling_mimi
 
+from smoltolk.speech.kinds import load_speech_tokenizer
 from smoltolk.speech.mel import MelTokenizer
-from smoltolk.speech.units import load_speech_tokenizer
 
 MAKERS = [tiny_hubert_tokenizer]
 if hasattr(modeling_mimi, "MimiDecoderModel"):

@@ -13,8 +13,8 @@ from transformers import Wav2Vec2FeatureExtractor
 from smoltolk import cli
 from smoltolk.speech.audio import load_audio, save_wav
 from smoltolk.speech.hubert import HubertTokenizer
+from smoltolk.speech.kinds import load_speech_tokenizer
 from smoltolk.speech.mel import MelTokenizer
-from smoltolk.speech.units import load_speech_tokenizer
 
 
 @pytest.fixture(scope="module")

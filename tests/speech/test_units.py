@@ -8,8 +8,9 @@ import pytest
 import safetensors.numpy
 
 from smoltolk.speech import mel as mel_module
+from smoltolk.speech.kinds import load_speech_tokenizer
 from smoltolk.speech.mel import MelSettings, MelTokenizer
-from smoltolk.speech.units import Units, load_speech_tokenizer
+from smoltolk.speech.units import Units
 
 
 def test_units_are_merged_and_their_durations_add_up_to_the_frames(

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smoltolk.speech.kinds import load_vocoder
 from smoltolk.speech.mel import MelSettings, MelTokenizer
 from smoltolk.speech.mel_vocoder import MelVocoder, _mels_per_frame
 from smoltolk.speech.units import Units
-from smoltolk.speech.vocoder import load_vocoder
 
 
 @pytest.fixture(scope="module")

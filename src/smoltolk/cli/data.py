@@ -61,7 +61,7 @@ def _prepare(options: argparse.Namespace) -> None:
     from smoltolk.data.prepare import prepare
     from smoltolk.data.store import MANIFEST
     from smoltolk.data.summary import PICTURE, draw
-    from smoltolk.speech.units import load_speech_tokenizer
+    from smoltolk.speech.kinds import load_speech_tokenizer
 
     if len(dict(options.columns or ())) < len(options.columns or ()):
         raise ValueError(f"--columns names one of our columns twice: {' '.join('='.join(c) for c in options.columns)}")
@@ -128,7 +128,7 @@ def _make_aligner(options: argparse.Namespace) -> Any:
         if options.aligner_model is not None or options.min_confidence is not None:
             raise ValueError("--aligner-model and --min-confidence belong to an aligner: give --aligner")
         return None
-    from smoltolk.speech.alignment import make_aligner
+    from smoltolk.speech.kinds import make_aligner
 
     return make_aligner(
         options.aligner,

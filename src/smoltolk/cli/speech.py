@@ -145,7 +145,7 @@ def _imported(options: argparse.Namespace) -> "SpeechTokenizer":
 def _encode(options: argparse.Namespace) -> None:
     from smoltolk.data.sources import audio_files
     from smoltolk.speech.audio import stream_audio
-    from smoltolk.speech.units import load_speech_tokenizer
+    from smoltolk.speech.kinds import load_speech_tokenizer
 
     tokenizer = load_speech_tokenizer(options.tokenizer, device=options.device, dtype=options.dtype)
     paths = audio_files(options.audio)

@@ -151,8 +151,7 @@ def _preview(options: argparse.Namespace) -> None:
 
     from smoltolk.data.preview import preview
     from smoltolk.data.store import Store
-    from smoltolk.speech.units import load_speech_tokenizer
-    from smoltolk.speech.vocoder import load_vocoder
+    from smoltolk.speech.kinds import load_speech_tokenizer, load_vocoder
 
     store = Store(options.store)
     tokenizer = options.speech_tokenizer and load_speech_tokenizer(options.speech_tokenizer)
@@ -222,7 +221,7 @@ def _import_authors(options: argparse.Namespace) -> None:
 
 
 def _speech_card(path: Path) -> dict[str, Any]:
-    from smoltolk.speech.units import load_speech_tokenizer
+    from smoltolk.speech.kinds import load_speech_tokenizer
 
     if path.is_dir():
         return load_speech_tokenizer(path).card()

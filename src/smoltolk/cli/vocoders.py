@@ -67,7 +67,7 @@ def _add_resynthesize(commands: Any) -> None:
 def _fit_vocoder(options: argparse.Namespace) -> None:
     from smoltolk.data.recordings import find_recordings, fit_mel_vocoder
     from smoltolk.model.export import new_folder
-    from smoltolk.speech.units import load_speech_tokenizer
+    from smoltolk.speech.kinds import load_speech_tokenizer
 
     tokenizer = load_speech_tokenizer(options.tokenizer)
     with new_folder(options.output) as folder, _progress() as bars:
@@ -94,7 +94,7 @@ def _fit_vocoder(options: argparse.Namespace) -> None:
 def _import_vocoder(options: argparse.Namespace) -> None:
     from smoltolk.model.export import new_folder
     from smoltolk.speech.hifigan import import_unit_hifigan
-    from smoltolk.speech.units import load_speech_tokenizer
+    from smoltolk.speech.kinds import load_speech_tokenizer
 
     with new_folder(options.output) as folder:
         vocoder = import_unit_hifigan(
@@ -111,8 +111,8 @@ def _import_vocoder(options: argparse.Namespace) -> None:
 
 def _make_mimi_vocoder(options: argparse.Namespace) -> None:
     from smoltolk.model.export import new_folder
+    from smoltolk.speech.kinds import load_speech_tokenizer
     from smoltolk.speech.mimi_vocoder import MimiVocoder
-    from smoltolk.speech.units import load_speech_tokenizer
 
     with new_folder(options.output) as folder:
         model = options.model or options.tokenizer / "model"
@@ -125,9 +125,8 @@ def _resynthesize(options: argparse.Namespace) -> None:
     from smoltolk.data.recordings import find_recordings
     from smoltolk.speech.asr import Transcriber
     from smoltolk.speech.audio import write_atomically
+    from smoltolk.speech.kinds import load_speech_tokenizer, load_vocoder
     from smoltolk.speech.resynthesis import resynthesize_files
-    from smoltolk.speech.units import load_speech_tokenizer
-    from smoltolk.speech.vocoder import load_vocoder
 
     recordings = find_recordings([options.source])
     folder = options.output

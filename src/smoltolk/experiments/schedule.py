@@ -21,7 +21,7 @@ from smoltolk.experiments.ablation import Ablation, CurveSettings, Variant, sett
 from smoltolk.experiments.lanes import Lane, Lanes
 from smoltolk.experiments.runs import Run, run_name, score, train
 from smoltolk.speech.audio import write_atomically
-from smoltolk.speech.units import load_speech_tokenizer
+from smoltolk.speech.kinds import load_speech_tokenizer
 
 DEVELOPMENT, FRESH = "development", "fresh"
 SPEECH_PAIRS = tuple(pair for pair in PAIRS if "S" in pair)

@@ -17,9 +17,10 @@ from transformers.generation.streamers import BaseStreamer
 from smoltolk.generation.sampling import continue_ids
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import load_audio, save_wav
+from smoltolk.speech.kinds import load_speech_tokenizer, load_vocoder
 from smoltolk.speech.neural import NeuralTokenizer
-from smoltolk.speech.units import SpeechTokenizer, Units, load_speech_tokenizer
-from smoltolk.speech.vocoder import Vocoder, load_vocoder
+from smoltolk.speech.units import SpeechTokenizer, Units
+from smoltolk.speech.vocoder import Vocoder
 
 PromptPart = str | Path | np.ndarray | Units
 _LONGEST_WORD = 30  # characters; what is longer is a script without spaces

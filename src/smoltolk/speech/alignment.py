@@ -117,35 +117,6 @@ class Aligner(ABC):
         return Alignment(starts_s, ends_s, confidence)
 
 
-def make_aligner(
-    kind: str, model: str | None = None, min_confidence: float | None = None, device: str = "cpu"
-) -> Aligner:
-    """An aligner by its kind.
-
-    Args:
-        kind: "pocketsphinx" or "ctc".
-        model: for "ctc", the name or folder of a CTC model.
-        min_confidence: utterances with less are refused.
-        device: where the model of "ctc" runs; pocketsphinx runs on the CPU.
-
-    Raises:
-        ValueError: the kind is unknown, the model is missing, unfit or not wanted, or the device is not there.
-        ImportError: pocketsphinx is not installed.
-    """
-    from smoltolk.speech.ctc_aligner import CtcAligner  # here, since these files build on this one
-    from smoltolk.speech.pocketsphinx_aligner import PocketsphinxAligner
-
-    if kind == PocketsphinxAligner.kind:
-        if model is not None:
-            raise ValueError(f"model is {model!r}, but pocketsphinx has its own: leave the model out")
-        return PocketsphinxAligner(min_confidence)
-    if kind == CtcAligner.kind:
-        if model is None:
-            raise ValueError("model is missing: ctc needs the name or folder of a CTC model")
-        return CtcAligner(model, min_confidence, device)
-    raise ValueError(f"aligner is {kind!r}: choose pocketsphinx or ctc")
-
-
 def merge_parts(starts_s: np.ndarray, ends_s: np.ndarray, num_parts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Times of words from those of their parts; a word without parts stands at the end of the one before it."""
     lasts = np.cumsum(num_parts)

@@ -126,42 +126,6 @@ class SpeechTokenizer(ABC):
         }
 
 
-def load_speech_tokenizer(
-    path: str | Path, *, device: str = "cpu", dtype: str = "float32", batch_size: int = 1
-) -> SpeechTokenizer:
-    """Read a tokenizer of any kind from the folder that its `save` wrote.
-
-    Args:
-        path: the folder.
-        device: where its network runs.
-        dtype: "float32", "bfloat16" or "float16", what the network computes in.
-        batch_size: full windows of long audio that the network computes at once; see
-            `smoltolk.speech.neural.NeuralTokenizer`.
-
-    Raises:
-        ValueError: the folder holds no tokenizer, one of unknown kind, or a damaged one; or a setting is unfit.
-    """
-    kind = read_card(Path(path))["kind"]
-    if kind == "mel":
-        from smoltolk.speech.mel import MelTokenizer  # here, since these files build on this one
-
-        if (device, dtype, batch_size) != ("cpu", "float32", 1):
-            warnings.warn(
-                f"{path} holds a 'mel' tokenizer, which has no network: device, dtype and batch_size have no effect",
-                stacklevel=2,
-            )
-        return MelTokenizer.load(path)
-    if kind == "hubert":
-        from smoltolk.speech.hubert import HubertTokenizer
-
-        return HubertTokenizer.load(path, device=device, dtype=dtype, batch_size=batch_size)
-    if kind == "mimi":
-        from smoltolk.speech.mimi import MimiTokenizer
-
-        return MimiTokenizer.load(path, device=device, dtype=dtype, batch_size=batch_size)
-    raise ValueError(f"{path} holds a tokenizer of kind {kind!r}; this version knows mel, hubert, mimi")
-
-
 def read_card(folder: Path) -> dict[str, Any]:
     """The card in a tokenizer's folder.
 

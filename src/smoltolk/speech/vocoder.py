@@ -13,8 +13,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
-from smoltolk.speech.units import SpeechTokenizer
-
 CARD_FILE = "vocoder.json"
 
 
@@ -92,46 +90,6 @@ class Vocoder(ABC):
             )
         if durations.shape != units.shape or durations.min() < 1:
             raise ValueError(f"durations must be one number of frames, at least 1, for each of the {len(units)} units")
-
-
-def load_vocoder(
-    path: str | Path, tokenizer: SpeechTokenizer | None = None, *, device: str | torch.device = "cpu"
-) -> Vocoder:
-    """Read a vocoder of any kind from the folder that its `save` wrote.
-
-    Args:
-        path: the folder.
-        tokenizer: whose units it shall decode, to check that it can.
-        device: where it shall compute, if it can.
-
-    Raises:
-        ValueError: the folder holds no vocoder, one of unknown kind or a damaged one, or it belongs to another
-            tokenizer.
-    """
-    kind = read_vocoder_card(Path(path))["kind"]
-    # Imported here: their files build on this one, and each kind needs libraries that the others do not.
-    vocoder: Vocoder
-    match kind:
-        case "mel":
-            from smoltolk.speech.mel_vocoder import MelVocoder
-
-            vocoder = MelVocoder.load(path)
-        case "hifigan":
-            from smoltolk.speech.hifigan import UnitHifiGan
-
-            vocoder = UnitHifiGan.load(path)
-        case "mimi":
-            from smoltolk.speech.mimi_vocoder import MimiVocoder
-
-            vocoder = MimiVocoder.load(path)
-        case _:
-            raise ValueError(f"{path} holds a vocoder of kind {kind!r}; this version knows mel, hifigan and mimi")
-    if tokenizer is not None and tokenizer.fingerprint != vocoder.tokenizer_fingerprint:
-        raise ValueError(
-            f"{path} decodes units of tokenizer {vocoder.tokenizer_fingerprint}, not of "
-            f"{tokenizer.fingerprint}: train a vocoder for this tokenizer"
-        )
-    return vocoder.to(device)
 
 
 def read_vocoder_card(folder: Path) -> dict[str, Any]:

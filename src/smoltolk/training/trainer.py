@@ -20,8 +20,7 @@ from smoltolk.data.store import Store, lock
 from smoltolk.data.text import tokenizer_fingerprint
 from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
-from smoltolk.speech.units import load_speech_tokenizer
-from smoltolk.speech.vocoder import load_vocoder
+from smoltolk.speech.kinds import load_speech_tokenizer, load_vocoder
 from smoltolk.training.checkpoints import Checkpointer, RunState, list_checkpoints, load_checkpoint, load_state
 from smoltolk.training.config import Recipe, StageSettings
 from smoltolk.training.distillation import Lesson, StepLessons, Teacher
