@@ -1,6 +1,5 @@
 """`smoltolk prepare`: what it takes, prints and refuses."""
 
-
 import pytest
 import soundfile
 from tests.conftest import tiny_text_tokenizer

@@ -17,7 +17,7 @@ from tests.conftest import mixed_ids, tiny_lm_config, tiny_recipe, tiny_text_tok
 import smoltolk
 from smoltolk import SmolTolkConfig, SmolTolkForCausalLM
 from smoltolk.model.card import describe, public_name
-from smoltolk.model.export import load_model, new_folder
+from smoltolk.model.export import CODE, load_model, new_folder
 from smoltolk.speech.mel import MelTokenizer
 from smoltolk.speech.mel_vocoder import MelVocoder
 from smoltolk.training.config import Recipe
@@ -136,7 +136,7 @@ def test_the_cards_use_of_the_pipeline_runs(shared, tmp_path, monkeypatch):
 def test_the_folder_holds_safetensors_code_tokenizers_and_card(source, shared):
     names = {str(path.relative_to(shared)) for path in shared.rglob("*") if path.is_file()}
     kept = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
-    assert names == kept | {"configuration_smoltolk.py", "losses.py", "modeling_smoltolk.py", "README.md"}
+    assert names == kept | {*CODE, "README.md"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     config = json.loads((shared / "config.json").read_text())
     assert config["auto_map"] == {

@@ -17,7 +17,13 @@ from .modeling_smoltolk import SmolTolkForCausalLM
 RECORD_FILE = "training.json"
 COMPANIONS = ("speech_tokenizer", "vocoder")
 AUTO_CLASSES = {"AutoConfig": SmolTolkConfig, "AutoModelForCausalLM": SmolTolkForCausalLM}
-CODE = ("configuration_smoltolk.py", "losses.py", "modeling_smoltolk.py")  # import nothing else of smoltolk
+CODE = (
+    "configuration_smoltolk.py",
+    "fission.py",
+    "fusion.py",
+    "losses.py",
+    "modeling_smoltolk.py",
+)  # import nothing else of smoltolk
 
 
 def export_model(

@@ -14,7 +14,6 @@ text embeddings e_t           unit embeddings e_t ──────────
                text logits                    unit head → speech logits
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -29,7 +28,6 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -37,6 +35,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
 from .configuration_smoltolk import SmolTolkConfig
+from .fission import LayerSelector
+from .fusion import Adapter, first, fuse
 from .losses import head_loss, mean_entropy
 
 SUPPORTED_BACKBONES = (
@@ -142,92 +142,6 @@ class Targets:
         chosen = self.is_unit.any(1)
         chosen[0] |= ~chosen.any()
         return chosen.nonzero()[:, 0]
-
-
-class Adapter(nn.Module):
-    """A stack of decoder layers of the backbone's own class, causal, without a final norm.
-
-    Args:
-        body: the backbone, whose classes of decoder layers and rotary positions it takes.
-        config: what they are built from (`SmolTolkConfig.adapter_config`).
-        first_layer: index of the first layer in the shared cache.
-        num_layers: how many layers; none makes the adapter the identity.
-    """
-
-    def __init__(self, body: Any, config: PreTrainedConfig, first_layer: int, num_layers: int) -> None:
-        super().__init__()
-        layer_class, rotary_class = type(body.layers[0]), type(body.rotary_emb)
-        self.config = config
-        self.layers = nn.ModuleList(layer_class(config, first_layer + i) for i in range(num_layers))
-        self.rotary_emb = rotary_class(config) if num_layers else None
-        # Some families name the cache or part their rotary positions by the kind of attention.
-        takes_layer_past = "layer_past" in inspect.signature(layer_class.forward).parameters
-        self.cache_argument = "layer_past" if takes_layer_past else "past_key_values"
-        takes_layer_type = "layer_type" in inspect.signature(rotary_class.forward).parameters
-        self.rotary_arguments = {"layer_type": "full_attention"} if takes_layer_type else {}
-
-    def forward(
-        self, hidden: Tensor, attention_mask: Any, position_ids: Tensor, cache: Cache | None = None, **kwargs: Any
-    ) -> Tensor:
-        """(batch, seq, dim) → (batch, seq, dim); mask and further arguments are what the configured attention takes."""
-        if self.rotary_emb is None:
-            return hidden
-        attention = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "position_embeddings": self.rotary_emb(hidden, position_ids, **self.rotary_arguments),
-            self.cache_argument: cache,
-            **kwargs,
-        }
-        for layer in self.layers:
-            hidden = first(layer(hidden, **attention))
-        return hidden
-
-
-class LayerSelector(nn.Module):
-    """Multi-level fission (paper, section 3): mixes the backbone's levels per position.
-
-    `m_t = Σ_l softmax(α)_l h^l_t`, `w_t = softmax(W m_t + b)`, `z_t = Σ_l w_{t,l} h^l_t`.
-    """
-
-    def __init__(self, config: SmolTolkConfig) -> None:
-        super().__init__()
-        self.mixing = config.layer_mixing
-        self.selector_input = config.selector_input
-        num_layers, source_size = config.lm_config.num_hidden_layers, config.hidden_size
-        if self.mixing == "static" or (self.mixing == "selected" and self.selector_input == "static"):
-            self.static_logits = nn.Parameter(torch.empty(num_layers))  # α
-        if self.mixing == "selected":
-            if config.selector_level_size is not None:
-                level_size, hidden_size = config.selector_level_size, config.selector_level_hidden_size
-                self.level_projection = perceptron(source_size, hidden_size, level_size)
-                source_size = num_layers * level_size
-            self.projection = perceptron(source_size, config.selector_hidden_size, num_layers)  # W, b
-
-    def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Levels h¹ … h^L, each (batch, seq, dim) → mix (batch, seq, dim), weights (batch, seq, L).
-
-        Softmax and sum run in float32.
-        """
-        last = levels[-1]
-        shape = (*last.shape[:-1], len(levels))
-        if self.mixing == "last":
-            one_hot = torch.zeros(len(levels), device=last.device)
-            one_hot[-1] = 1
-            return last, one_hot.expand(shape)
-        if self.mixing == "static":
-            weights = self.static_logits.float().softmax(-1).expand(shape)
-            return mix(levels, weights), weights
-        dtype = next(self.projection.parameters()).dtype
-        if self.selector_input == "static":
-            source = mix(levels, self.static_logits.float().softmax(-1).expand(shape))
-        elif self.selector_input == "levels":
-            source = torch.cat([self.level_projection(level.to(dtype)) for level in levels], dim=-1)
-        else:
-            source = last if self.selector_input == "last" else levels[int(self.selector_input)]
-        scores = self.projection(source.to(dtype))
-        weights = scores.float().softmax(-1)
-        return mix(levels, weights), weights
 
 
 class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
@@ -462,7 +376,8 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         is_speech = (input_ids >= self.ids.speech_offset) & is_real
 
         embeds = self._embed(input_ids)  # (batch, seq, dim)
-        fused = self._fuse(embeds, is_speech, is_first, past_key_values)
+        self.input_adapter.config._attn_implementation = self._input_attention(uses_mask=past_key_values is not None)
+        fused = fuse(self.input_adapter, embeds, is_speech, is_first, past_key_values)
         wants_logits = return_logits or (return_logits is None and labels is None)
         targets = None
         rows: Tensor | slice = slice(None)  # the rows that the output adapter runs on
@@ -543,80 +458,6 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         embeds = torch.where((input_ids >= ids.text_vocab_size)[..., None], control.to(embeds.dtype), embeds)
         embeds = torch.where((input_ids >= ids.speech_offset)[..., None], units.to(embeds.dtype), embeds)
         return embeds if self.body_scale == 1 else embeds * self.body_scale
-
-    def _fuse(self, embeds: Tensor, is_speech: Tensor, is_first: Tensor, cache: Cache | None) -> Tensor:
-        """Late fusion: speech goes through the input adapter, segment by segment; all else passes by."""
-        if not len(self.input_adapter.layers):
-            return embeds
-        self.input_adapter.config._attn_implementation = self._input_attention(uses_mask=cache is not None)
-        if cache is not None:
-            return self._fuse_cached(embeds, is_speech, cache)
-        if "flash" in self.input_adapter.config._attn_implementation:
-            return self._fuse_packed(embeds, is_speech, is_first)
-        return self._fuse_padded(embeds, is_speech, is_first)
-
-    def _fuse_packed(self, embeds: Tensor, is_speech: Tensor, is_first: Tensor) -> Tensor:
-        """Runs the adapter on speech positions only, all segments in one row without padding (flash attention)."""
-        start, length = speech_segments(is_speech, is_first)  # (segments,), (segments,)
-        flat = embeds.flatten(0, 1)  # (batch · seq, dim)
-        position = is_speech.flatten().nonzero()[:, 0]  # of speech in it, segment after segment
-        if not len(length):  # every parameter keeps a gradient, also with text alone
-            length, position = length.new_ones(1), position.new_zeros(1)
-            start = position
-        offset = position - start.repeat_interleave(length)
-        bounds = F.pad(length.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(length.max())
-        composed = self.input_adapter(
-            flat[position][None],
-            None,
-            offset[None],
-            cu_seq_lens_q=bounds,
-            cu_seq_lens_k=bounds,
-            max_length_q=longest,
-            max_length_k=longest,
-        )
-        composed = torch.where(is_speech.flatten()[position, None], composed[0].to(flat.dtype), flat[position])
-        return flat.index_put((position,), composed).view_as(embeds)
-
-    def _fuse_padded(self, embeds: Tensor, is_speech: Tensor, is_first: Tensor) -> Tensor:
-        """Runs the adapter on speech positions only, segments of like length side by side."""
-        flat, fused = embeds.flatten(0, 1), embeds.flatten(0, 1).clone()  # (batch · seq, dim)
-        # Sharded ranks gather weights together: each must call the adapter as often as any other, once.
-        in_step = torch.distributed.is_available() and torch.distributed.is_initialized()
-        groups = of_like_length(*speech_segments(is_speech, is_first), in_one_group=in_step)
-        for start, length, longest in groups:  # (segments,), (segments,), int
-            offset = torch.arange(longest, device=embeds.device)
-            inside = offset < length[:, None]  # (segments, longest)
-            position = (start[:, None] + offset).clamp(max=len(flat) - 1)
-            composed = self.input_adapter(
-                flat[position],
-                mask_for(self.input_adapter.config, offset <= offset[:, None], embeds.dtype),
-                offset[None],
-            )
-            fused = fused.index_put((position[inside],), composed[inside].to(fused.dtype))
-        if not groups and (self.training or in_step):  # every parameter keeps a gradient, also with text alone
-            zero = torch.zeros(1, 1, dtype=torch.long, device=embeds.device)
-            fused = fused + 0.0 * self.input_adapter(flat[None, :1], None, zero).sum()
-        return fused.view_as(embeds)
-
-    def _fuse_cached(self, embeds: Tensor, is_speech: Tensor, cache: Cache) -> Tensor:
-        """The same with a cache: its last layer remembers which tokens are speech, hence all segments."""
-        memory = self.config.num_hidden_layers
-        num_seen = cache.get_seq_length(memory) + 0  # a static cache counts in place
-        now = is_speech[:, None, :, None].to(embeds.dtype)
-        seen = cache.update(now, now, memory)[0][:, 0, :, 0] > 0.5  # (batch, seen + seq)
-        index = torch.arange(seen.shape[1], device=embeds.device)
-        starts = seen & ~F.pad(seen, (1, 0))[:, :-1]
-        begin = torch.where(starts, index, 0).cummax(1).values  # start of the segment at each position
-        query = num_seen + torch.arange(embeds.shape[1], device=embeds.device)
-        begin_of_query = begin.index_select(1, query)
-        reaches = (index <= query[:, None]) & (index >= begin_of_query[..., None]) & seen[:, None]
-        reaches = (reaches | (index == query[:, None]))[:, None]  # (batch, 1, seq, seen + seq)
-        positions = (query - begin_of_query) * is_speech
-        composed = self.input_adapter(
-            embeds, mask_for(self.input_adapter.config, reaches, embeds.dtype), positions, cache
-        )
-        return torch.where(is_speech[..., None], composed.to(embeds.dtype), embeds)
 
     def _causal(
         self,
@@ -823,11 +664,6 @@ def check_backbone(lm_config: Any) -> None:
         )
 
 
-def first(output: Any) -> Tensor:
-    """The hidden states of a decoder layer's output, which is a tensor or a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 def keep_level(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the backbone's layers, which hand on what the body is called with: `Levels` to collect them in.
 
@@ -837,70 +673,9 @@ def keep_level(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any)
         kwargs["levels"].tensors.append(first(output))
 
 
-def perceptron(size: int, hidden_size: int | None, output_size: int) -> nn.Module:
-    """A linear map, or one with a hidden layer."""
-    if hidden_size is None:
-        return nn.Linear(size, output_size)
-    return nn.Sequential(nn.Linear(size, hidden_size), nn.GELU(), nn.Linear(hidden_size, output_size))
-
-
-def mix(levels: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Σ_l w_l h^l in float32: levels of (batch, seq, dim), weights (batch, seq, L) → (batch, seq, dim).
-
-    A running sum: stacking the levels would take L times the memory.
-    """
-    mixed = weights[..., :1] * levels[0].float()
-    for i, level in enumerate(levels[1:], start=1):
-        mixed = torch.addcmul(mixed, weights[..., i : i + 1], level.float())
-    return mixed
-
-
 def default_positions(input_ids: Tensor, attention_mask: Tensor | None, num_seen: int) -> Tensor:
     """Positions that count real tokens only, (batch or 1, seq)."""
     length = input_ids.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
     return torch.arange(num_seen, num_seen + length, device=input_ids.device)[None]
-
-
-def speech_segments(is_speech: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximal runs of speech.
-
-    Args:
-        is_speech: which positions are speech, (batch, seq).
-        is_first: where a document begins within a row, (batch, seq); a run ends before it.
-
-    Returns:
-        Start in the flattened batch, and length, both (segments,).
-    """
-    padded = F.pad(is_speech, (1, 1))
-    begins, ends = is_first | ~padded[:, :-2], F.pad(is_first[:, 1:], (0, 1)) | ~padded[:, 2:]
-    rises = (is_speech & begins).flatten().nonzero()[:, 0]  # first positions
-    falls = (is_speech & ends).flatten().nonzero()[:, 0]  # last positions
-    return rises, falls - rises + 1
-
-
-def of_like_length(start: Tensor, length: Tensor, *, in_one_group: bool = False) -> list[tuple[Tensor, Tensor, int]]:
-    """Segments, both (segments,), in groups of (start, length, longest length), or all in one group.
-
-    Padding a group to its longest segment at most doubles it, and segments shorter than 32 are one group.
-    """
-    groups = []
-    longest = int(length.max()) if len(length) else 0
-    limit, covered = longest if in_one_group else 32, 0
-    while covered < longest:
-        chosen = (length > covered) & (length <= limit)
-        if chosen.any():
-            groups.append((start[chosen], length[chosen], int(length[chosen].max())))
-        covered, limit = limit, 2 * limit
-    return groups
-
-
-def mask_for(config: PreTrainedConfig, reaches: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A boolean attention mask, (…, query, key), in the form the configured attention takes.
-
-    A plain causal mask, (seq, seq), needs no tensor with SDPA, which is faster by its own flag.
-    """
-    if config._attn_implementation == "sdpa":
-        return None if reaches.ndim == 2 else reaches
-    return torch.zeros_like(reaches, dtype=dtype).masked_fill(~reaches, torch.finfo(dtype).min)
