@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import yaml
 
 from smoltolk import cli
 from smoltolk.demo import run
+from smoltolk.demo.backbone import BackboneSettings
 from smoltolk.demo.report import verdict
 from smoltolk.demo.run import run_demo
 from smoltolk.experiments.ablation import RATE, load_ablation
@@ -130,6 +132,44 @@ def test_data_alone_comes_with_a_recipe_to_ablate(tmp_path, monkeypatch):
     assert [(stage.steps, stage.decay_steps) for stage in recipe.stages] == [(150, 50), (500, 250)]
     assert recipe.validation.model_dump() == {"rows": 64, "every_steps": 150}
     assert recipe.checkpoint.model_dump() == {"every_steps": 150, "keep_last": 1}
+
+
+def test_data_for_a_larger_text_lm_comes_with_lower_rates(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(run, "make_data", lambda miniature, steps: made.append(miniature.settings.backbone))
+    size = ["--width", "512", "--layers", "10", "--device", "cpu"]
+    assert cli.main(["demo", "--data-only", *size, "--output", str(tmp_path)]) == 0
+    assert made == [BackboneSettings(512, num_layers=10, num_heads=16, steps=600, learning_rate=1.5e-3 / 4)]
+    ablation = load_ablation(tmp_path / "ablation.yaml")
+    rates = {variant.name: [setting[RATE] for setting in variant.sweep] for variant in ablation.variants}
+    assert rates["smoltolk"] == [7.5e-4 / 4, 1.5e-3 / 4, 3e-3 / 4]
+    assert rates["early-fusion"] == [1.5e-3 / 4, 3e-3 / 4, 6e-3 / 4]
+    stages = ablation.recipe_of(ablation.base, {}, 0, "out").stages
+    assert [stage.learning_rate for stage in stages] == [3e-3 / 4, 1.5e-3 / 4]
+
+
+def test_a_recipe_for_an_accelerator_leaves_attention_and_threads_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "make_data", lambda miniature, steps: None)
+    recipe = yaml.safe_load(
+        run.make_ablation_data(tmp_path, device="meta").read_text()
+    )  # a device that is always there
+    assert recipe["device"] == "meta"
+    assert not {"attn_implementation", "num_threads"} & recipe.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data-only", "--width", "100"], "width is 100: give a multiple of a head's 32"),
+        (["--data-only", "--layers", "0"], "layers is 0: give 1 or more"),
+        (["--data-only", "--device", "nowhere"], "device is 'nowhere'"),
+        (["--width", "256"], "belong to --data-only"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused(tmp_path, options, message, capsys):
+    assert cli.main(["demo", *options, "--output", str(tmp_path / "demo")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.slow

@@ -41,6 +41,9 @@ def add_commands(commands: Any) -> None:
     demo.add_argument("--seeds", type=int, default=1, help="repeat everything with so many seeds")
     demo.add_argument("--quick", action="store_true", help="a smoke run of about a minute")
     demo.add_argument("--data-only", action="store_true", help="make the data, and a recipe for smoltolk ablate")
+    demo.add_argument("--width", type=int, help="with --data-only: width of the text LM")
+    demo.add_argument("--layers", type=int, help="with --data-only: layers of the text LM")
+    demo.add_argument("--device", help="with --data-only: where to train the text LM, and the models of the recipe")
     demo.set_defaults(run=_demo)
 
 
@@ -111,8 +114,17 @@ def _demo(options: argparse.Namespace) -> None:
     from smoltolk.demo.run import make_ablation_data, run_demo
 
     if options.data_only:
-        recipe = make_ablation_data(options.output, seeds=options.seeds, quick=options.quick)
+        recipe = make_ablation_data(
+            options.output,
+            seeds=options.seeds,
+            quick=options.quick,
+            width=options.width,
+            layers=options.layers,
+            device=options.device or "cpu",
+        )
         print(f"data made; to go on: smoltolk ablate {recipe} --output {options.output / 'ablation'}")
         return
+    if (options.width, options.layers, options.device) != (None, None, None):
+        raise ValueError("--width, --layers and --device belong to --data-only: add it, or leave them out")
     report = run_demo(options.output, seeds=options.seeds, quick=options.quick)
     print(f"report: {report}")

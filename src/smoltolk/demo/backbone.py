@@ -1,7 +1,7 @@
 """The miniature's text backbone: a tiny Llama trained on stories from scratch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ class BackboneSettings:
         rows_per_step: rows in a step.
         row_tokens: length of a row.
         learning_rate: peak rate; it falls to 0 over the last 30 %.
+        device: where to train, in bfloat16.
     """
 
     hidden_size: int = 128
@@ -33,6 +34,32 @@ class BackboneSettings:
     rows_per_step: int = 16
     row_tokens: int = 64
     learning_rate: float = 1.5e-3
+    device: str = "cpu"
+
+    @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_heads
+
+    def resized(self, hidden_size: int, num_layers: int) -> "BackboneSettings":
+        """One of another size: heads are as wide, and the rate is in inverse proportion to the width.
+
+        The rate's rule is that of Adam for matrices in µP (Yang et al. 2022, arXiv 2203.03466, table 8).
+
+        Raises:
+            ValueError: there are no layers, or the width is not that of some heads.
+        """
+        if hidden_size < 1 or hidden_size % self.head_size:
+            raise ValueError(f"width is {hidden_size}: give a multiple of a head's {self.head_size}")
+        if num_layers < 1:
+            raise ValueError(f"layers is {num_layers}: give 1 or more")
+        return replace(
+            self,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=hidden_size // self.head_size,
+            learning_rate=self.learning_rate * self.hidden_size / hidden_size,
+        )
 
 
 MAX_POSITIONS = 1024
@@ -68,8 +95,10 @@ def pretrain_backbone(
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config).train()
-    model.set_attn_implementation("eager")  # on a CPU, at this size, faster than the fused kernels
+    model = LlamaForCausalLM(config).train().to(settings.device)
+    device = model.device
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")  # at this size, faster than the fused kernels
     with torch.no_grad():
         for layer in model.model.layers:
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -94,11 +123,10 @@ def pretrain_backbone(
         share = min(1.0, (step + 1) / warmup, (settings.steps - step) / decay)
         for group in optimizer.param_groups:
             group["lr"] = share * settings.learning_rate
-        with torch.autocast("cpu", torch.bfloat16):
+        positions = stretched_positions(settings.rows_per_step, settings.row_tokens, generator)
+        with torch.autocast(device.type, torch.bfloat16):
             loss = model(
-                batch.input_ids,
-                labels=batch.labels,
-                position_ids=stretched_positions(settings.rows_per_step, settings.row_tokens, generator),
+                batch.input_ids.to(device), labels=batch.labels.to(device), position_ids=positions.to(device)
             ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

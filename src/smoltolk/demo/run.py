@@ -6,7 +6,7 @@ Every step keeps what it made under the demo's folder, so a second run is quick 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from smoltolk.generation.pipeline import SmolTolkPipeline
 from smoltolk.model.fingerprint import checkpoint_fingerprint
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import save_wav, write_atomically
+from smoltolk.speech.neural import check_device
 from smoltolk.training.config import load_recipe, make_recipe
 from smoltolk.training.trainer import Trainer
 
@@ -56,6 +57,8 @@ class DemoSettings:
         row_tokens: length of a row.
         validation_rows: rows of the validation set of each task.
         num_continued: prompts that are continued in all four directions.
+        rate_share: factor of all learning rates, for wider backbones.
+        device: where the models are trained.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -64,6 +67,24 @@ class DemoSettings:
     row_tokens: int = 128
     validation_rows: int = 64
     num_continued: int = 4
+    rate_share: float = 1.0
+    device: str = "cpu"
+
+    def resized(self, hidden_size: int, num_layers: int, device: str) -> "DemoSettings":
+        """The same with a text LM of another size, on a device.
+
+        Raises:
+            ValueError: there is no text LM of this size, or no such device.
+        """
+        check_device(device)
+        before = self.data.backbone
+        backbone = replace(before.resized(hidden_size, num_layers), device=device)
+        return replace(
+            self,
+            data=replace(self.data, backbone=backbone),
+            rate_share=before.hidden_size / hidden_size,
+            device=device,
+        )
 
 
 QUICK = DemoSettings(data=QUICK_DATA, stage_steps=(6, 6), rows_per_step=4, validation_rows=4, num_continued=1)
@@ -127,22 +148,38 @@ def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console)
     return report.collect(folder, seed, steps.records, list(MODELS), settings.data.backbone)
 
 
-def make_ablation_data(output: Path, *, seeds: int = 1, quick: bool = False) -> Path:
+def make_ablation_data(
+    output: Path,
+    *,
+    seeds: int = 1,
+    quick: bool = False,
+    width: int | None = None,
+    layers: int | None = None,
+    device: str = "cpu",
+) -> Path:
     """Makes the data of a small world for each seed, and beside it `ablation.yaml`, for `smoltolk ablate`.
 
     Args:
         output: folder of the demo.
         seeds: how many seeds.
         quick: a smoke run, too small to learn anything.
+        width: that of the text LM, by default the miniature's; all learning rates are in inverse proportion to it.
+        layers: those of the text LM, by default the miniature's.
+        device: where the text LM and the models are trained.
 
     Returns:
         Path of `ablation.yaml`.
 
     Raises:
-        ValueError: the folder holds a demo of other settings.
+        ValueError: the folder holds a demo of other settings, or there is no text LM of this size or no such device.
         ImportError: the extra `demo` is not installed.
     """
-    settings, console = _start(output, seeds, QUICK if quick else SMALL)
+    settings = QUICK if quick else SMALL
+    backbone = settings.data.backbone
+    if (width, layers, device) != (None, None, "cpu"):
+        width = backbone.hidden_size if width is None else width
+        settings = settings.resized(width, backbone.num_layers if layers is None else layers, device)
+    settings, console = _start(output, seeds, settings)
     for seed in range(seeds):
         folder = output / f"seed-{seed}"
         console.print(f"[bold]seed {seed}[/bold] in {folder}")
@@ -158,7 +195,11 @@ def _ablation(output: Path, seeds: int, settings: DemoSettings) -> str:
     miniature = Miniature(output / "seed-{seed}", 0, settings.data)
     recipe, every_steps = _settings("smoltolk", miniature, settings), settings.stage_steps[0]
     weights = {"stages.*.distillation.hidden_states": [1.0, 3.0, 10.0]}
-    faster: dict[str, Any] = {"learning_rates": [1.5e-3, 3e-3, 6e-3]}  # early fusion takes higher rates
+
+    def rates(*some: float) -> list[float]:
+        return [settings.rate_share * rate for rate in some]
+
+    faster: dict[str, Any] = {"learning_rates": rates(1.5e-3, 3e-3, 6e-3)}  # early fusion takes higher rates
     recipe |= {
         "name": "miniature",
         "validation": {"rows": settings.validation_rows, "every_steps": every_steps},
@@ -167,12 +208,16 @@ def _ablation(output: Path, seeds: int, settings: DemoSettings) -> str:
             "seeds": list(range(seeds)),
             "development": str(miniature.development_items),
             "fresh": str(miniature.fresh_items),
-            "learning_rates": [7.5e-4, 1.5e-3, 3e-3],
+            "learning_rates": rates(7.5e-4, 1.5e-3, 3e-3),
             "more": {
                 "early-fusion": faster,
                 "adapter-layers-0": faster,
-                "distilled": {"like": "smoltolk", "learning_rates": [1.5e-3, 3e-3], "sweep": weights},
-                "early-fusion-distilled": {"like": "early-fusion", "learning_rates": [3e-3, 6e-3], "sweep": weights},
+                "distilled": {"like": "smoltolk", "learning_rates": rates(1.5e-3, 3e-3), "sweep": weights},
+                "early-fusion-distilled": {
+                    "like": "early-fusion",
+                    "learning_rates": rates(3e-3, 6e-3),
+                    "sweep": weights,
+                },
             },
             "curve": {"every_steps": max(1, sum(settings.stage_steps) // 6), "reach": [0.65, 0.75, 0.85]},
         },
@@ -217,7 +262,7 @@ def _settings(name: str, miniature: Miniature, settings: DemoSettings) -> dict[s
                 "steps": first,
                 **rows,
                 "mixture": {"interleaved": 1},
-                "learning_rate": 3e-3,
+                "learning_rate": settings.rate_share * 3e-3,
                 "warmup_steps": min(20, first // 3),
                 "decay_steps": first // 3,
                 **distillation,
@@ -227,7 +272,7 @@ def _settings(name: str, miniature: Miniature, settings: DemoSettings) -> dict[s
                 "steps": second,
                 **rows,
                 "mixture": {"interleaved": 1, "speech": 1, "text": 1},
-                "learning_rate": STAGE_2_RATES[name],
+                "learning_rate": settings.rate_share * STAGE_2_RATES[name],
                 "warmup_steps": min(10, second // 3),
                 "decay_steps": second // 2,
                 **distillation,
@@ -240,9 +285,9 @@ def _settings(name: str, miniature: Miniature, settings: DemoSettings) -> dict[s
         "checkpoint": {"every_steps": max(1, sum(settings.stage_steps) // 10)},
         "speech_tokenizer": str(miniature.speech_tokenizer),
         "vocoder": str(miniature.vocoder),
-        "attn_implementation": "eager",
-        "num_threads": 1,
-        "device": "cpu",
+        "device": settings.device,
+        # At this size plain attention is the fastest on a CPU.
+        **({"attn_implementation": "eager", "num_threads": 1} if settings.device == "cpu" else {}),
     }
 
 
