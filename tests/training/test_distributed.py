@@ -21,6 +21,7 @@ from smoltolk.data.dataset import BatchSource
 from smoltolk.data.store import Store
 from smoltolk.training.checkpoints import list_checkpoints, load_state
 from smoltolk.training.config import make_recipe
+from smoltolk.training.distributed import join_ranks
 from smoltolk.training.trainer import Trainer
 from smoltolk.training.watching import read_metrics
 
@@ -127,6 +128,23 @@ def test_rows_that_cannot_be_shared_evenly_are_refused(tiny_world, tmp_path, mon
         Trainer(make_recipe(settings_for(tiny_world, tmp_path) | {"device": "cpu"}), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("device", "ranks", "message"),
+    [
+        ("gpu", 1, "device is 'gpu', which torch does not know: give auto, cuda or cpu"),
+        ("cuda:1", 1, "device is 'cuda:1', here number 1 from 0, but torch finds 1 GPUs"),
+        ("cuda", 2, "device is 'cuda', here number 1 from 0, but torch finds 1 GPUs: start as many ranks"),
+        ("cuda:0", 2, "device is 'cuda:0', but 2 ranks cannot share a GPU: give cuda"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(monkeypatch, device, ranks, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": ranks, "RANK": 1, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        join_ranks(device)
+
+
 # ---- faults of one rank
 
 
@@ -141,11 +159,16 @@ def one_of_two(settings, fault, rank, port, outcome):
         outcome.write_text(f"{type(error).__name__}: {error}")
 
 
-def outcomes(processes, settings, folder, fault):
-    """How both ranks ended."""
+def free_port():
+    """A port that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def outcomes(processes, settings, folder, fault):
+    """How both ranks ended."""
+    port = free_port()
     files = [folder / f"outcome-{rank}.txt" for rank in (0, 1)]
     started = [processes.Process(target=one_of_two, args=(settings, fault, r, port, files[r])) for r in (0, 1)]
     for process in started:
