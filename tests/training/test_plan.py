@@ -110,6 +110,17 @@ def test_the_plan_is_what_the_run_then_does(tiny_world, tmp_path):
     assert second.hours == pytest.approx(second.flops / (0.4 * 790e12) / 3600)
 
 
+def test_hours_follow_the_recipes_peak_and_units_those_of_any_store(tiny_world, tmp_path):
+    settings = tiny_recipe(tiny_world, tmp_path)
+    hours = make_plan(make_recipe(settings)).stages[1].hours
+    quick = make_recipe(settings | {"peak_tflops": 1580})
+    assert make_plan(quick).stages[1].hours == pytest.approx(hours / 2)
+    assert make_plan(quick, peak_tflops=79).stages[1].hours == pytest.approx(10 * hours)
+    settings["data"] = {"transcription": settings["data"]["speech"]}
+    settings["stages"] = [settings["stages"][1] | {"mixture": {"transcription": 1}}]
+    assert not make_plan(make_recipe(settings)).is_assumed
+
+
 def test_memory_falls_with_more_gpus_and_with_checkpointing(tiny_world, tmp_path):
     recipe = make_recipe(tiny_recipe(tiny_world, tmp_path))
     model, stage = tiny_model(), recipe.stages[1]
@@ -130,6 +141,10 @@ def test_what_cannot_fit_or_be_shared_is_refused(tiny_world, tmp_path):
         make_plan(recipe, gpus=3)
     with pytest.raises(ValueError, match="mfu is 0: give more than 0"):
         make_plan(recipe, mfu=0)
+    with pytest.raises(ValueError, match="mfu is 40: give a share of the peak, 1 at most"):
+        make_plan(recipe, mfu=40)
+    with pytest.raises(ValueError, match="memory_gib is nan: give more than 0"):
+        make_plan(recipe, memory_gib=float("nan"))
     assert make_plan(recipe).stages[0].memory_bytes < 2 * GIB
 
 
