@@ -365,17 +365,16 @@ class Trainer:
         if stage.distillation is not None and self._teacher is not None:
             lessons = StepLessons(self._teacher, stage.distillation, batch, self.model.ids, self.ranks)
         self.model.train()
-        text_sum = speech_sum = loss_sum = 0.0
+        found: list[torch.Tensor] = []  # losses of each micro-batch
+        counts: list[tuple[int, int]] = []
         for start in range(0, len(batch), stage.rows_per_micro_batch):
             part = batch.select(slice(start, start + stage.rows_per_micro_batch))
             set_gradient_sync(self.model, is_on=start + stage.rows_per_micro_batch == len(batch))
             output = self._forward(part, num_labels, lessons.lesson(part) if lessons else None)
             (self.ranks.size * output.loss).backward()  # ranks average their gradients
-            part_text, part_speech = self.model.count_labels(part.input_ids, part.labels)
-            loss_sum += output.loss.item()
-            text_sum += output.text_loss.item() * part_text if part_text else 0.0
-            speech_sum += output.speech_loss.item() * part_speech if part_speech else 0.0
-        loss_sum, text_sum, speech_sum = self.ranks.sum(loss_sum, text_sum, speech_sum)
+            found.append(torch.stack([output.loss, output.text_loss, output.speech_loss]).detach())
+            counts.append(self.model.count_labels(part.input_ids, part.labels))
+        loss_sum, text_sum, speech_sum = self.ranks.sum(*summed(found, counts))
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         part_norms = gradient_norms(optimizer)
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm)).item()
@@ -430,8 +429,8 @@ class Trainer:
         with torch.autocast(self.ranks.device.type, torch.bfloat16) if is_bf16 else nullcontext():
             # Rows are full: without a mask attention runs its causal path.
             return self.model(
-                batch.input_ids.to(self.ranks.device),
-                labels=batch.labels.to(self.ranks.device),
+                batch.input_ids.to(self.ranks.device, non_blocking=True),
+                labels=batch.labels.to(self.ranks.device, non_blocking=True),
                 num_items_in_batch=num_labels,
                 more_loss=lesson,
             )
@@ -537,6 +536,22 @@ def stop_requests() -> Iterator[StopRequests]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def summed(losses: list[torch.Tensor], counts: list[tuple[int, int]]) -> list[float]:
+    """Sums over micro-batches: of the loss, and of the cross-entropies of text and of speech.
+
+    They are read here, once a step: whenever they are read, an accelerator has to come to rest.
+
+    Args:
+        losses: of each micro-batch its loss, and the means over text and speech labels, (3,).
+        counts: numbers of these labels; a mean over none is left out.
+    """
+    sums = [0.0, 0.0, 0.0]
+    for values, (num_text, num_speech) in zip(torch.stack(losses).tolist(), counts, strict=True):
+        for i, (value, count) in enumerate(zip(values, (1, num_text, num_speech), strict=True)):
+            sums[i] += value * count if count else 0.0
+    return sums
 
 
 def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
