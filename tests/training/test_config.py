@@ -88,6 +88,7 @@ def test_words_beside_a_policy_are_refused(settings):
 def test_what_changes_no_batch_changes_no_fingerprint(settings):
     recipe = make_recipe(settings)
     assert make_recipe(settings | {"loader_workers": 3}).fingerprint == recipe.fingerprint
+    assert make_recipe(settings | {"max_skipped_steps": 99}).fingerprint == recipe.fingerprint
     assert recipe.fingerprint != make_recipe(settings | {"seed": 5}).fingerprint
 
 

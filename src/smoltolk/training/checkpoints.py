@@ -40,6 +40,7 @@ class RunState:
         skipped_steps: steps skipped for a loss or gradient that was not finite.
         seconds: time spent training, over all starts.
         backbone_text_loss: validation loss on text of the untouched text LM, None without such rows.
+        validation_rows: how many rows that was measured on.
     """
 
     step: int
@@ -49,6 +50,7 @@ class RunState:
     skipped_steps: int = 0
     seconds: float = 0.0
     backbone_text_loss: float | None = None
+    validation_rows: int | None = None
 
 
 class Checkpointer:

@@ -359,7 +359,9 @@ class Recipe(Strict):
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides what is learnt; a run is resumed only under the same."""
-        decisive = self.model_dump_json(
+        # Left out by its default: without it, runs begun before would have another fingerprint.
+        patience = type(self).model_fields["max_skipped_steps"].default
+        decisive = self.model_copy(update={"max_skipped_steps": patience}).model_dump_json(
             exclude={
                 "name",
                 "output",

@@ -108,6 +108,7 @@ class Trainer:
         with self._watch(state) as report, closing(self._batches(state.step)) as batches:
             if not state.step:  # text alone is not touched by the new speech parts: this is the backbone's own loss
                 state.backbone_text_loss = self._validate(state).get("validation_text_loss")
+                state.validation_rows = self.recipe.validation.rows
             while state.step < self.recipe.num_steps:
                 index, step_of_stage = self.recipe.stage_at(state.step)
                 stage = self.recipe.stages[index]
@@ -446,7 +447,8 @@ class Trainer:
             raise FloatingPointError(
                 f"{state.skipped_steps} steps had a loss or gradient that was not finite, more than "
                 f"max_skipped_steps {self.recipe.max_skipped_steps}; at step {state.step} the {where} held the "
-                f"utterances {', '.join(sorted(samples)[:20])}: look at them, or lower the learning rate"
+                f"utterances {', '.join(sorted(samples)[:20])}: look at them, raise max_skipped_steps to go on, or "
+                "begin anew with a lower learning rate"
             )
 
     @torch.no_grad()
@@ -491,7 +493,8 @@ class Trainer:
             metrics["selector_entropy"] = finite(entropy_sum / count)
             metrics["layer_weights"] = [finite(round(weight / count, 5)) for weight in weight_sums]
         loss = metrics.get("validation_text_loss")
-        if state.backbone_text_loss is not None and loss is not None:
+        is_same_set = state.validation_rows in (None, self.recipe.validation.rows)
+        if state.backbone_text_loss is not None and loss is not None and is_same_set:
             metrics["text_forgetting"] = loss - state.backbone_text_loss
         return metrics
 
