@@ -274,6 +274,26 @@ def test_a_run_that_skipped_too_many_steps_goes_on_with_more_patience(tiny_world
     assert last["skipped_steps"] > 1
 
 
+def test_checkpoints_change_nothing_though_the_first_steps_were_skipped(tiny_world, tmp_path, monkeypatch):
+    step = Trainer._step
+
+    def poisoned(trainer, state, batch, optimizer, *arguments):
+        hook = None
+        if state.step < 2:
+            head = trainer.model.unit_embeddings.weight
+            hook = head.register_hook(lambda gradient: gradient * float("nan"))
+        metrics = step(trainer, state, batch, optimizer, *arguments)
+        if hook is not None:
+            hook.remove()
+        return metrics
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+    for every_steps in (1, 3):
+        run(tiny_recipe(tiny_world, tmp_path / f"{every_steps}", checkpoint={"every_steps": every_steps}))
+    assert [line["skipped_steps"] for line in curve(tmp_path / "1")[:3]] == [1, 2, 2]
+    assert_same_run(tmp_path / "1", tmp_path / "3")
+
+
 def test_forgetting_is_not_measured_against_another_validation_set(tiny_world, tmp_path):
     settings = tiny_recipe(tiny_world, tmp_path)
 

@@ -80,7 +80,11 @@ class Checkpointer:
         self.wait()
         if self.ranks.share(self._final(state.step).exists()):
             return
+        is_fresh = not optimizer.state  # every step of the stage so far was skipped
         weights, moments = get_state_dict(model, optimizer)
+        if is_fresh:  # torch has made its state by a step, which must not count
+            for moment in optimizer.state.values():
+                moment["step"].zero_()
         copy = BlockingAsyncStager().stage({"model": weights, "optimizer": moments})
         self._pending = self._thread.submit(self._write, copy, replace(state)), state.step
 
