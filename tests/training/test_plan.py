@@ -163,19 +163,20 @@ def test_the_command_prints_the_plan_without_weights(tiny_world, tmp_path, capsy
     assert "2 GPUs" in shown
 
 
-SHIPPED = sorted(path for path in Path("recipes").glob("*.yaml") if "tiny" not in path.name)
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=str)
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=str)
 def test_a_shipped_recipe_fits_and_says_what_it_needs(path):
-    recipe = load_recipe(path)
-    stages = make_plan(recipe, gpus=8, lm_config=CONFIGS[recipe.model.backbone]()).stages
+    recipe, is_tiny = load_recipe(path), "tiny" in path.name
+    stages = make_plan(recipe, gpus=1 if is_tiny else 8, lm_config=CONFIGS[recipe.model.backbone]()).stages
     tokens, flops = (sum(getattr(stage, name) for stage in stages) for name in ("tokens", "flops"))
     header = path.read_text().split("name:")[0]
-    assert f"torchrun --nproc-per-node 8 -m smoltolk train {path}" in header
+    assert f"  {'' if is_tiny else 'torchrun --nproc-per-node 8 -m '}smoltolk train {path}\n" in header
+    assert "Hardware: " in header
     assert f"Tokens: {tokens:.3g}. FLOPs: {flops:.3g}." in header
-    assert f"{max(stage.memory_bytes for stage in stages) / GIB:.0f} GiB on each GPU" in header
-    twin = path.with_name(path.name.replace("smoltolk", "early-fusion"))
+    memory_gib = max(stage.memory_bytes for stage in stages) / GIB
+    assert (f": {memory_gib:.1f} GiB, a minute" if is_tiny else f"{memory_gib:.0f} GiB on each GPU") in header
+    hours = sum(stage.hours for stage in stages)
+    assert is_tiny or f" {hours:.1f} hours at 40 % MFU of 790 TFLOP/s" in header
+    twin = path.with_name(path.name.replace("smoltolk", "early-fusion").replace("tiny.", "tiny-early-fusion."))
     assert twin.is_file()
     if twin != path:
         assert load_recipe(twin).stages == recipe.stages
