@@ -313,6 +313,32 @@ def test_a_fault_of_one_rank_stops_both_and_the_next_start_goes_on(
     assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
 
 
+def gradients_are_counted(rank, settings):
+    calls = []
+
+    def counted(exchange):
+        return lambda *arguments, **options: calls.append(1) or exchange(*arguments, **options)
+
+    for name in [name for name in dir(torch.distributed) if name.startswith("reduce_scatter")]:  # torch renamed it
+        setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
+    file = Path(settings["output"]) / f"exchanges-{rank}.txt"
+    return lambda metrics: file.write_text(str(len(calls)))
+
+
+@pytest.mark.slow
+def test_micro_batches_exchange_no_more_gradients(processes, tiny_world, tmp_path):
+    counts = []
+    for rows in (1, 2):
+        (folder := tmp_path / str(rows)).mkdir()
+        settings = four_steps(tiny_world, folder)
+        for stage in settings["stages"]:
+            stage["rows_per_micro_batch"] = rows
+        assert outcomes(processes, settings, folder, gradients_are_counted) == ["done", "done"]
+        counts.append([int((folder / f"exchanges-{rank}.txt").read_text()) for rank in (0, 1)])
+    assert counts[0] == counts[1]
+    assert min(counts[0]) > 0
+
+
 def test_a_checkpoint_of_two_ranks_is_there_as_soon_as_it_is_written(whole_run):
     assert [line["step"] for line in read_metrics(whole_run / "metrics.jsonl")] == [1, 2, 3, 4]  # it waited at step 3
 
