@@ -487,10 +487,15 @@ def _problems(error: ValidationError, model: type[Strict]) -> Iterator[str]:
             yield f"{key}: missing"
         elif problem["type"] == "union_tag_not_found":
             yield f"{key}.kind: missing"
-        elif problem["type"] == "value_error":  # of our own checks, which name the value
+        elif problem["type"] == "value_error" and _is_section(problem["input"]):  # our own check of several values
             yield f"{key}: {problem['ctx']['error']}"
         else:
             yield f"{key}: {problem['input']!r} is refused: {problem['msg']}"
+
+
+def _is_section(value: Any) -> bool:
+    """Whether a value is made of settings, which would hide a message about some of them."""
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(part, dict) for part in value))
 
 
 def _settings_at(model: type[Strict], location: tuple[int | str, ...]) -> Iterator[str]:
