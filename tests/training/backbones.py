@@ -1,4 +1,4 @@
-"""Configurations of the text LMs that the shipped recipes name, as published on the Hugging Face hub."""
+"""The text LMs that the shipped recipes name: configurations as published on the Hugging Face hub, and a tiny one."""
 
 from functools import partial
 
@@ -45,5 +45,15 @@ CONFIGS = {
         max_position_embeddings=32768,
         tie_word_embeddings=True,
         eos_token_id=151643,
-    )
+    ),
+    "backbone": partial(  # of the miniature's size
+        LlamaConfig,
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    ),
 }

@@ -48,6 +48,11 @@ def put(settings, key, value):
         ("data.policy", {"kind": "poisson", "mean_words": 0}, "mean_words is 0.0: give a mean length"),
         ("data.policy", {"kind": "alternate", "text_words": [3, 1]}, "text_words is (3, 1): give 1 <= fewest"),
         ("data.text_words", [3, 1], "text_words is (3, 1): give 1 <= fewest"),
+        ("stages.1.betas", [0.9, 1.5], "stages.1.betas.1: 1.5 is refused"),
+        ("stages.1.learning_rate", float("inf"), "stages.1.learning_rate: inf is refused"),
+        ("stages.0.mixture", {}, "stages.0.mixture: interleaved, speech, text, transcription, synthesis are all 0"),
+        ("stages.0.mixture", {"speech": float("inf")}, "stages.0.mixture.speech: inf is refused"),
+        ("stages.0.warmup_steps", 9, "  stages: stage 1: warmup_steps 9 and decay_steps 0 do not fit into its 4 steps"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(settings, key, value, message):
@@ -83,6 +88,7 @@ def test_words_beside_a_policy_are_refused(settings):
 def test_what_changes_no_batch_changes_no_fingerprint(settings):
     recipe = make_recipe(settings)
     assert make_recipe(settings | {"loader_workers": 3}).fingerprint == recipe.fingerprint
+    assert make_recipe(settings | {"max_skipped_steps": 99}).fingerprint == recipe.fingerprint
     assert recipe.fingerprint != make_recipe(settings | {"seed": 5}).fingerprint
 
 

@@ -1,11 +1,14 @@
 """Distillation: what is taught where, by known answers, and in runs."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tests.conftest import EARLY_FUSION, tiny_lm_config, tiny_model, tiny_recipe
-from tests.training.test_distributed import finish, settings_for, torchrun
+from tests.training.test_distributed import finish, free_port, settings_for, torchrun
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -13,7 +16,7 @@ from smoltolk.data.dataset import Batch, Transcripts
 from smoltolk.training import distillation
 from smoltolk.training.config import DistillationSettings, make_recipe
 from smoltolk.training.distillation import Places, StepLessons, Teacher
-from smoltolk.training.distributed import Ranks
+from smoltolk.training.distributed import Ranks, join_ranks
 from smoltolk.training.optim import distillation_flops
 from smoltolk.training.trainer import Trainer
 from smoltolk.training.watching import MEASURED, read_metrics
@@ -221,3 +224,29 @@ def test_two_ranks_are_taught_what_one_is(tiny_world, tmp_path):
         assert two["flops"] == one["flops"]
         for name in ("loss", "grad_norm", *(f"distilled_{term}" for term in ALL)):
             assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), (one["step"], name)
+
+
+def share_of_teacher(rank, port, backbone, found):
+    """A rank of two; writes down which weights of the teacher's layers are spread after it has read something."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    ranks = join_ranks("cpu")
+    teacher = Teacher(backbone, torch.float32, ranks)
+    teacher.lm.base_model(torch.tensor([[1, 2, 3]]))
+    spread = {isinstance(weight, DTensor) for weight in teacher.lm.base_model.layers.parameters()}
+    found.write_text(str(spread))
+    ranks.leave()
+
+
+@pytest.mark.slow
+def test_each_rank_keeps_its_share_of_the_teachers_layers(processes, backbone, tmp_path):
+    port = free_port()
+    started = [
+        processes.Process(target=share_of_teacher, args=(rank, port, str(backbone), tmp_path / f"{rank}.txt"))
+        for rank in (0, 1)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["{True}", "{True}"]

@@ -21,6 +21,7 @@ from smoltolk.data.dataset import BatchSource
 from smoltolk.data.store import Store
 from smoltolk.training.checkpoints import list_checkpoints, load_state
 from smoltolk.training.config import make_recipe
+from smoltolk.training.distributed import join_ranks
 from smoltolk.training.trainer import Trainer
 from smoltolk.training.watching import read_metrics
 
@@ -127,6 +128,23 @@ def test_rows_that_cannot_be_shared_evenly_are_refused(tiny_world, tmp_path, mon
         Trainer(make_recipe(settings_for(tiny_world, tmp_path) | {"device": "cpu"}), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("device", "ranks", "message"),
+    [
+        ("gpu", 1, "device is 'gpu', which torch does not know: give auto, cuda or cpu"),
+        ("cuda:1", 1, "device is 'cuda:1', here number 1 from 0, but torch finds 1 GPUs"),
+        ("cuda", 2, "device is 'cuda', here number 1 from 0, but torch finds 1 GPUs: start as many ranks"),
+        ("cuda:0", 2, "device is 'cuda:0', but 2 ranks cannot share a GPU: give cuda"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(monkeypatch, device, ranks, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": ranks, "RANK": 1, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        join_ranks(device)
+
+
 # ---- faults of one rank
 
 
@@ -141,11 +159,16 @@ def one_of_two(settings, fault, rank, port, outcome):
         outcome.write_text(f"{type(error).__name__}: {error}")
 
 
-def outcomes(processes, settings, folder, fault):
-    """How both ranks ended."""
+def free_port():
+    """A port that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def outcomes(processes, settings, folder, fault):
+    """How both ranks ended."""
+    port = free_port()
     files = [folder / f"outcome-{rank}.txt" for rank in (0, 1)]
     started = [processes.Process(target=one_of_two, args=(settings, fault, r, port, files[r])) for r in (0, 1)]
     for process in started:
@@ -288,6 +311,32 @@ def test_a_fault_of_one_rank_stops_both_and_the_next_start_goes_on(
     one, two = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, whole_run))
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
     assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
+
+
+def gradients_are_counted(rank, settings):
+    calls = []
+
+    def counted(exchange):
+        return lambda *arguments, **options: calls.append(1) or exchange(*arguments, **options)
+
+    for name in [name for name in dir(torch.distributed) if name.startswith("reduce_scatter")]:  # torch renamed it
+        setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
+    file = Path(settings["output"]) / f"exchanges-{rank}.txt"
+    return lambda metrics: file.write_text(str(len(calls)))
+
+
+@pytest.mark.slow
+def test_micro_batches_exchange_no_more_gradients(processes, tiny_world, tmp_path):
+    counts = []
+    for rows in (1, 2):
+        (folder := tmp_path / str(rows)).mkdir()
+        settings = four_steps(tiny_world, folder)
+        for stage in settings["stages"]:
+            stage["rows_per_micro_batch"] = rows
+        assert outcomes(processes, settings, folder, gradients_are_counted) == ["done", "done"]
+        counts.append([int((folder / f"exchanges-{rank}.txt").read_text()) for rank in (0, 1)])
+    assert counts[0] == counts[1]
+    assert min(counts[0]) > 0
 
 
 def test_a_checkpoint_of_two_ranks_is_there_as_soon_as_it_is_written(whole_run):

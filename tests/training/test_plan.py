@@ -110,6 +110,17 @@ def test_the_plan_is_what_the_run_then_does(tiny_world, tmp_path):
     assert second.hours == pytest.approx(second.flops / (0.4 * 790e12) / 3600)
 
 
+def test_hours_follow_the_recipes_peak_and_units_those_of_any_store(tiny_world, tmp_path):
+    settings = tiny_recipe(tiny_world, tmp_path)
+    hours = make_plan(make_recipe(settings)).stages[1].hours
+    quick = make_recipe(settings | {"peak_tflops": 1580})
+    assert make_plan(quick).stages[1].hours == pytest.approx(hours / 2)
+    assert make_plan(quick, peak_tflops=79).stages[1].hours == pytest.approx(10 * hours)
+    settings["data"] = {"transcription": settings["data"]["speech"]}
+    settings["stages"] = [settings["stages"][1] | {"mixture": {"transcription": 1}}]
+    assert not make_plan(make_recipe(settings)).is_assumed
+
+
 def test_memory_falls_with_more_gpus_and_with_checkpointing(tiny_world, tmp_path):
     recipe = make_recipe(tiny_recipe(tiny_world, tmp_path))
     model, stage = tiny_model(), recipe.stages[1]
@@ -130,6 +141,10 @@ def test_what_cannot_fit_or_be_shared_is_refused(tiny_world, tmp_path):
         make_plan(recipe, gpus=3)
     with pytest.raises(ValueError, match="mfu is 0: give more than 0"):
         make_plan(recipe, mfu=0)
+    with pytest.raises(ValueError, match="mfu is 40: give a share of the peak, 1 at most"):
+        make_plan(recipe, mfu=40)
+    with pytest.raises(ValueError, match="memory_gib is nan: give more than 0"):
+        make_plan(recipe, memory_gib=float("nan"))
     assert make_plan(recipe).stages[0].memory_bytes < 2 * GIB
 
 
@@ -148,19 +163,20 @@ def test_the_command_prints_the_plan_without_weights(tiny_world, tmp_path, capsy
     assert "2 GPUs" in shown
 
 
-SHIPPED = sorted(path for path in Path("recipes").glob("*.yaml") if "tiny" not in path.name)
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=str)
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=str)
 def test_a_shipped_recipe_fits_and_says_what_it_needs(path):
-    recipe = load_recipe(path)
-    stages = make_plan(recipe, gpus=8, lm_config=CONFIGS[recipe.model.backbone]()).stages
+    recipe, is_tiny = load_recipe(path), "tiny" in path.name
+    stages = make_plan(recipe, gpus=1 if is_tiny else 8, lm_config=CONFIGS[recipe.model.backbone]()).stages
     tokens, flops = (sum(getattr(stage, name) for stage in stages) for name in ("tokens", "flops"))
     header = path.read_text().split("name:")[0]
-    assert f"torchrun --nproc-per-node 8 -m smoltolk train {path}" in header
+    assert f"  {'' if is_tiny else 'torchrun --nproc-per-node 8 -m '}smoltolk train {path}\n" in header
+    assert "Hardware: " in header
     assert f"Tokens: {tokens:.3g}. FLOPs: {flops:.3g}." in header
-    assert f"{max(stage.memory_bytes for stage in stages) / GIB:.0f} GiB on each GPU" in header
-    twin = path.with_name(path.name.replace("smoltolk", "early-fusion"))
+    memory_gib = max(stage.memory_bytes for stage in stages) / GIB
+    assert (f": {memory_gib:.1f} GiB, a minute" if is_tiny else f"{memory_gib:.0f} GiB on each GPU") in header
+    hours = sum(stage.hours for stage in stages)
+    assert is_tiny or f" {hours:.1f} hours at 40 % MFU of 790 TFLOP/s" in header
+    twin = path.with_name(path.name.replace("smoltolk", "early-fusion").replace("tiny.", "tiny-early-fusion."))
     assert twin.is_file()
     if twin != path:
         assert load_recipe(twin).stages == recipe.stages

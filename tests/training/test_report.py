@@ -6,6 +6,7 @@ import re
 import pytest
 
 from smoltolk import cli
+from smoltolk.training import report
 from smoltolk.training.report import PICTURES, read_run, run_names, smoothed, write_report
 
 
@@ -60,6 +61,19 @@ def test_what_no_run_measured_is_left_out(tmp_path):
     page = write_report([run], tmp_path / "page.html").read_text()
     assert "<h2>Validation loss</h2>" not in page
     assert "<h2>Training loss</h2>" in page
+
+
+def test_runs_without_some_curves_are_named_and_one_that_never_was_finite_is_shown(tmp_path, monkeypatch):
+    speech = make_run(tmp_path / "speech", validation_speech_loss=1.5)
+    text = make_run(tmp_path / "text", validation_text_loss=2.5)
+    lost = make_run(tmp_path / "lost", loss=None, speech_loss=None, speech_grad_norm=None)
+    figures = []
+    monkeypatch.setattr(report, "data_uri", lambda figure: figures.append(figure) or "data:,")
+    page = write_report([speech, text, lost], tmp_path / "page.html").read_text()
+    validation = figures[list(PICTURES).index("Validation loss")]
+    assert [name.get_text() for name in validation.axes[0].get_legend().get_texts()] == ["speech", "text", "lost"]
+    assert "<td>lost</td>" in page
+    write_report([lost], tmp_path / "page.html")  # no curve to draw in some pictures
 
 
 def test_tokens_per_second_and_smoothing(tmp_path):

@@ -151,7 +151,8 @@ def test_compiling_and_checkpointing_change_nothing_but_rounding(tiny_world, tmp
 
     monkeypatch.setattr(SmolTolkForCausalLM, "compile_layers", with_a_quick_backend)
     torch.compiler.reset()
-    run(tiny_recipe(tiny_world, tmp_path, **{setting: True}))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else it would go on uncompiled
+        run(tiny_recipe(tiny_world, tmp_path, **{setting: True}))
     assert compiled == [True] * (setting == "compile")
     for ours, theirs in zip(curve(tmp_path), curve(whole_run), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
@@ -253,6 +254,58 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_stop_the_run(tiny_wor
     lines = curve(tmp_path)
     assert [line["skipped_steps"] for line in lines] == [1, 2]
     assert all(line["loss"] is None for line in lines)
+
+
+def test_a_run_that_skipped_too_many_steps_goes_on_with_more_patience(tiny_world, tmp_path, monkeypatch):
+    forward, settings = Trainer._forward, tiny_recipe(tiny_world, tmp_path, max_skipped_steps=0)
+
+    def poisoned(trainer, batch, *arguments):
+        output = forward(trainer, batch, *arguments)
+        if arguments and trainer.model.training and any("u1" in row for row in trainer._sources[-1].sample_ids(batch)):
+            output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(Trainer, "_forward", poisoned)
+    with pytest.raises(FloatingPointError, match="raise max_skipped_steps to go on"):
+        run(settings)
+    run(settings | {"max_skipped_steps": 9})
+    last = curve(tmp_path)[-1]
+    assert last["step"] == 9
+    assert last["skipped_steps"] > 1
+
+
+def test_checkpoints_change_nothing_though_the_first_steps_were_skipped(tiny_world, tmp_path, monkeypatch):
+    step = Trainer._step
+
+    def poisoned(trainer, state, batch, optimizer, *arguments):
+        hook = None
+        if state.step < 2:
+            head = trainer.model.unit_embeddings.weight
+            hook = head.register_hook(lambda gradient: gradient * float("nan"))
+        metrics = step(trainer, state, batch, optimizer, *arguments)
+        if hook is not None:
+            hook.remove()
+        return metrics
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+    for every_steps in (1, 3):
+        run(tiny_recipe(tiny_world, tmp_path / f"{every_steps}", checkpoint={"every_steps": every_steps}))
+    assert [line["skipped_steps"] for line in curve(tmp_path / "1")[:3]] == [1, 2, 2]
+    assert_same_run(tmp_path / "1", tmp_path / "3")
+
+
+def test_forgetting_is_not_measured_against_another_validation_set(tiny_world, tmp_path):
+    settings = tiny_recipe(tiny_world, tmp_path)
+
+    def interrupt(metrics):
+        if metrics["step"] == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(TrainingStopped):
+        run(settings, on_step=interrupt)
+    run(settings | {"validation": settings["validation"] | {"rows": 2}})
+    assert [line["step"] for line in curve(tmp_path) if "text_forgetting" in line] == [3, 4]
+    assert [line["step"] for line in curve(tmp_path) if "validation_text_loss" in line] == [3, 4, 6, 9]
 
 
 def test_another_recipe_does_not_go_on_with_a_run(tiny_world, tmp_path):

@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--gpus", type=int, default=1)
     plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU")
     plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
-    plan.add_argument("--peak-tflops", type=float, default=790.0, help="bf16 peak of a GPU, as H100s reach it")
+    plan.add_argument("--peak-tflops", type=float, help="bf16 peak of a GPU; by default the recipe's, or 790 as H100s")
     plan.add_argument("--lm-config", help="configuration of the text LM, where the backbone itself is not at hand")
     plan.set_defaults(run=_plan, resume_hint="stopped")
 
@@ -98,11 +98,12 @@ def _plan(options: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from smoltolk.training.config import load_recipe
-    from smoltolk.training.plan import GIB, make_plan
+    from smoltolk.training.plan import GIB, make_plan, peak_of
 
     lm_config = None if options.lm_config is None else AutoConfig.from_pretrained(options.lm_config)
+    recipe = load_recipe(options.recipe)
     plan = make_plan(
-        load_recipe(options.recipe),
+        recipe,
         gpus=options.gpus,
         memory_gib=options.memory_gib,
         mfu=options.mfu,
@@ -112,7 +113,8 @@ def _plan(options: argparse.Namespace) -> None:
     for part, count in (plan.parts | {"all": sum(plan.parts.values())}).items():
         print(f"{part:<20}{count:>16,} parameters")
     units = f"{plan.num_units} units" + (" (the paper's: no store is there yet)" if plan.is_assumed else "")
-    print(f"{units}; {options.gpus} GPUs of {options.memory_gib:g} GiB, {100 * options.mfu:g} % MFU")
+    speed = f"{100 * options.mfu:g} % MFU of {peak_of(recipe, options.peak_tflops):g} TFLOP/s"
+    print(f"{units}; {options.gpus} GPUs of {options.memory_gib:g} GiB, {speed}")
     columns = ("stage", "trained", "frozen", "tokens/step", "steps", "tokens", "FLOPs", "GiB per GPU", "hours")
     table = Table(*columns)
     for number, stage in enumerate(plan.stages, start=1):

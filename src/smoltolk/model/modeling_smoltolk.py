@@ -298,6 +298,9 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
 
         Layers of a stack share their code, so that it is compiled once. What reads their outputs stays outside.
         """
+        # Of one code Dynamo keeps 8 versions, and runs what needs another uncompiled. All stacks share theirs, and
+        # training, validation, frozen weights and shapes each need some: about 20 were seen in a run of two stages.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         # The same options for all: stacks share their code, and would share one that is slower for being general.
         for layer in chain(self.body.layers, self.output_adapter.layers, self.input_adapter.layers):
             layer.forward = torch.compile(layer.forward, **options)

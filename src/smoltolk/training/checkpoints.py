@@ -40,6 +40,7 @@ class RunState:
         skipped_steps: steps skipped for a loss or gradient that was not finite.
         seconds: time spent training, over all starts.
         backbone_text_loss: validation loss on text of the untouched text LM, None without such rows.
+        validation_rows: how many rows that was measured on.
     """
 
     step: int
@@ -49,6 +50,7 @@ class RunState:
     skipped_steps: int = 0
     seconds: float = 0.0
     backbone_text_loss: float | None = None
+    validation_rows: int | None = None
 
 
 class Checkpointer:
@@ -78,7 +80,11 @@ class Checkpointer:
         self.wait()
         if self.ranks.share(self._final(state.step).exists()):
             return
+        is_fresh = not optimizer.state  # every step of the stage so far was skipped
         weights, moments = get_state_dict(model, optimizer)
+        if is_fresh:  # torch has made its state by a step, which must not count
+            for moment in optimizer.state.values():
+                moment["step"].zero_()
         copy = BlockingAsyncStager().stage({"model": weights, "optimizer": moments})
         self._pending = self._thread.submit(self._write, copy, replace(state)), state.step
 

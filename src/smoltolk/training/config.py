@@ -16,13 +16,14 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 ABLATION = "ablation"  # the section that makes a recipe one of an ablation, see smoltolk.experiments
 
 
 class Strict(BaseModel):
-    """Refuses unknown keys."""
+    """Refuses unknown keys, and numbers that are infinite or none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Checked = TypeVar("Checked", bound=Strict)
@@ -160,6 +161,11 @@ class Mixture(Strict):
     transcription: NotNegativeFloat = 0.0
     synthesis: NotNegativeFloat = 0.0
 
+    @model_validator(mode="after")
+    def _has_a_task(self) -> "Mixture":
+        TaskMixture(**self.model_dump())  # its own checks are part of the recipe's
+        return self
+
     @property
     def tasks(self) -> TaskMixture:
         """The mixture as the data side takes it."""
@@ -178,7 +184,7 @@ class LoraSettings(Strict):
 
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: BelowOne = 0.0
     target_modules: Annotated[list[str], Field(min_length=1)] | None = None
 
 
@@ -243,7 +249,7 @@ class StageSettings(Strict):
     warmup_steps: NotNegativeInt = 100
     decay_steps: NotNegativeInt = 0
     weight_decay: NotNegativeFloat = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     clip_norm: PositiveFloat = 1.0
     distillation: DistillationSettings | None = None
 
@@ -334,12 +340,12 @@ class Recipe(Strict):
             if stage.rows_per_step % stage.rows_per_micro_batch:
                 raise ValueError(
                     f"stage {number}: rows_per_step {stage.rows_per_step} is not a multiple of "
-                    f"rows_per_micro_batch {stage.rows_per_micro_batch}"
+                    f"rows_per_micro_batch {stage.rows_per_micro_batch}: change one of them"
                 )
             if stage.warmup_steps + stage.decay_steps > stage.steps:
                 raise ValueError(
                     f"stage {number}: warmup_steps {stage.warmup_steps} and decay_steps {stage.decay_steps} "
-                    f"do not fit into its {stage.steps} steps"
+                    f"do not fit into its {stage.steps} steps: lower them, or give it more steps"
                 )
             if stage.train != "lora" and stage.lora is not None:
                 raise ValueError(f"stage {number}: lora is given, but train is {stage.train}: set train to lora")
@@ -353,7 +359,9 @@ class Recipe(Strict):
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides what is learnt; a run is resumed only under the same."""
-        decisive = self.model_dump_json(
+        # Left out by its default: without it, runs begun before would have another fingerprint.
+        patience = type(self).model_fields["max_skipped_steps"].default
+        decisive = self.model_copy(update={"max_skipped_steps": patience}).model_dump_json(
             exclude={
                 "name",
                 "output",
@@ -479,8 +487,15 @@ def _problems(error: ValidationError, model: type[Strict]) -> Iterator[str]:
             yield f"{key}: missing"
         elif problem["type"] == "union_tag_not_found":
             yield f"{key}.kind: missing"
+        elif problem["type"] == "value_error" and _is_section(problem["input"]):  # our own check of several values
+            yield f"{key}: {problem['ctx']['error']}"
         else:
             yield f"{key}: {problem['input']!r} is refused: {problem['msg']}"
+
+
+def _is_section(value: Any) -> bool:
+    """Whether a value is made of settings, which would hide a message about some of them."""
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(part, dict) for part in value))
 
 
 def _settings_at(model: type[Strict], location: tuple[int | str, ...]) -> Iterator[str]:

@@ -27,6 +27,7 @@ from smoltolk.training.distributed import Ranks, shard_layers
 from smoltolk.training.optim import distillation_flops
 
 TextHead = Callable[[Tensor], Tensor]
+Indices = tuple[Tensor, Tensor]  # rows and places in them, both (places,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ class Teacher:
         output = self.lm.base_model(read.to(self.device), output_hidden_states=True, use_cache=False)
         levels = [*output.hidden_states[1:-1], output.last_hidden_state]  # each (rows, text tokens, dim)
 
-        def said(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        def said(chosen: Tensor) -> Indices:
             row, _ = chosen[rows].nonzero(as_tuple=True)
             return row.to(self.device), transcripts.places[rows][chosen[rows]].to(self.device)
 
@@ -109,9 +110,9 @@ class Teacher:
         return Lesson(
             settings=settings,
             counts=counts,
-            ends=places.ends.to(self.device),
-            switches=places.switches.to(self.device),
-            inner=places.inner.to(self.device),
+            ends=self._indices(places.ends),
+            switches=self._indices(places.switches),
+            inner=self._indices(places.inner),
             word_ids=transcripts.word_ids[places.inner].to(self.device),
             levels_at_ends=[level[ends] for level in levels] if settings.hidden_states else [],
             last_at_ends=levels[-1][ends],
@@ -119,6 +120,11 @@ class Teacher:
             text_head=self._text_head,
             vocab_size=ids.text_vocab_size,
         )
+
+    def _indices(self, chosen: Tensor) -> Indices:
+        """Where something is, found on the CPU: to look for it in a mask would stall an accelerator, level by level."""
+        row, place = chosen.nonzero(as_tuple=True)
+        return row.to(self.device), place.to(self.device)
 
     def _text_head(self, last: Tensor) -> Tensor:
         """Logits as the LM makes them of its last hidden states."""
@@ -135,30 +141,30 @@ class Lesson:
     Args:
         settings: weights of the terms.
         counts: number of places that each term is a mean over; those of a whole step.
-        ends: word ends, (rows, row_tokens).
-        switches: switches to speech, (rows, row_tokens).
-        inner: units of a word but its last, (rows, row_tokens).
+        ends: word ends.
+        switches: switches to speech.
+        inner: units of a word but its last.
         word_ids: the word at each of these, (inner places,).
         levels_at_ends: the teacher's levels h¹ … h^L at word ends, each (ends, dim).
         last_at_ends: its last level there, (ends, dim).
         last_at_switches: the same at switches, (switches, dim).
         text_head: the teacher's.
         vocab_size: of both text heads.
-        terms: each term's share in the mean over its places, after the student's forward pass.
+        terms: each term's share in the mean over its places, after the student's forward pass, ().
     """
 
     settings: DistillationSettings
     counts: Mapping[str, float]
-    ends: Tensor
-    switches: Tensor
-    inner: Tensor
+    ends: Indices
+    switches: Indices
+    inner: Indices
     word_ids: Tensor
     levels_at_ends: list[Tensor]
     last_at_ends: Tensor
     last_at_switches: Tensor
     text_head: TextHead
     vocab_size: int
-    terms: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, levels: Sequence[Tensor], text_head: TextHead) -> Tensor:
         """The weighted terms of the student's levels h¹ … h^L (rows, row_tokens, dim), under its text head; ()."""
@@ -180,7 +186,7 @@ class Lesson:
                 self.vocab_size,
             )
         means = {name: total / max(1.0, self.counts[name]) for name, total in sums.items()}
-        self.terms = {name: mean.item() for name, mean in means.items()}
+        self.terms = {name: mean.detach() for name, mean in means.items()}
         return torch.stack([getattr(self.settings, name) * mean for name, mean in means.items()]).sum()
 
     def _divergence(self, ours: Tensor, theirs: Tensor, text_head: TextHead) -> Tensor:
@@ -225,7 +231,7 @@ class StepLessons:
     def terms(self) -> dict[str, float]:
         """Mean of each term over its places in the step, after all forward passes."""
         names = [name for name, weight in self.settings.weights.items() if weight]
-        sums = self.ranks.sum(*(sum(lesson.terms[name] for lesson in self._given) for name in names))
+        sums = self.ranks.sum(*(sum(lesson.terms[name].item() for lesson in self._given) for name in names))
         return dict(zip(names, sums, strict=True))
 
     def flops(self, config: SmolTolkConfig, *, is_backbone_trained: bool) -> int:

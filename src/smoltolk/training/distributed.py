@@ -68,17 +68,31 @@ def join_ranks(device: str) -> Ranks:
     """Joins the processes that `torchrun` started; alone without it.
 
     Args:
-        device: as recipes name it; "auto" takes the accelerator if there is one, "cuda" that of the local rank.
+        device: as recipes name it; "auto" takes the GPU if there is one, "cuda" that of the local rank.
+
+    Raises:
+        ValueError: there is no such device, or several ranks are to share a GPU.
     """
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, which torch does not know: give auto, cuda or cpu") from error
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if place.type == "cuda" and size > 1:
+        if place.index is not None:
+            raise ValueError(f"device is {device!r}, but {size} ranks cannot share a GPU: give cuda")
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"device is {device!r}, here number {place.index or 0} from 0, but torch finds {count} GPUs: start as "
+            "many ranks as there are, check driver and CUDA_VISIBLE_DEVICES, or give cpu"
+        )
     if size == 1:
-        return Ranks(0, 1, torch.device(kind))
-    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
+        return Ranks(0, 1, place)
+    if place.type == "cuda":
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     return Ranks(rank, size, place)
 
 
@@ -90,20 +104,29 @@ def shard(model: SmolTolkForCausalLM, ranks: Ranks) -> None:
     if ranks.size == 1:
         model.to(ranks.device)  # type: ignore[arg-type]
         return
+    from torch.distributed.fsdp import fully_shard
+
     layers = (model.body.layers, model.input_adapter.layers, model.output_adapter.layers)
-    shard_layers([*chain(*layers), model], ranks)
+    shard_layers(chain(*layers), ranks)
+    fully_shard(model, mesh=_mesh(ranks))
 
 
 def shard_layers(layers: Iterable[nn.Module], ranks: Ranks) -> None:
     """Spreads modules over the ranks, each by itself, in place; alone there is nothing to spread."""
     if ranks.size == 1:
         return
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    mesh = _mesh(ranks)
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
+        # Said, since by default layers of no larger module that is spread too stay whole after their first forward.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def _mesh(ranks: Ranks) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(ranks.device.type, (ranks.size,))
 
 
 def set_gradient_sync(model: SmolTolkForCausalLM, *, is_on: bool) -> None:

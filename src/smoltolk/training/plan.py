@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from transformers import AutoConfig, PreTrainedConfig
 
+from smoltolk.data.dataset import TASKS
 from smoltolk.data.store import Store
 from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.fusion import Adapter
@@ -21,6 +22,7 @@ from smoltolk.training.optim import expected_flops, trained_parts
 
 GIB = 2**30
 NUM_UNITS = 500  # the paper's, where no store says another number
+PEAK_TFLOPS = 790.0  # what bf16 matrix products of an H100 reach, where the recipe says nothing else
 OVERHEAD_BYTES = GIB  # of the device's libraries and of the allocator
 
 
@@ -75,7 +77,7 @@ def make_plan(
     gpus: int = 1,
     memory_gib: float = 80.0,
     mfu: float = 0.4,
-    peak_tflops: float = 790.0,
+    peak_tflops: float | None = None,
     lm_config: PreTrainedConfig | None = None,
 ) -> Plan:
     """Counts what a recipe needs, without weights, data or a GPU.
@@ -85,16 +87,19 @@ def make_plan(
         gpus: ranks, one for each GPU.
         memory_gib: memory of a GPU in GiB.
         mfu: share of the peak that training reaches.
-        peak_tflops: bf16 peak of a GPU.
+        peak_tflops: bf16 peak of a GPU; by default the recipe's, or an H100's.
         lm_config: configuration of the text LM; by default the backbone's own.
 
     Raises:
-        ValueError: the recipe cannot run so: it does not fit into the memory, a step's rows cannot be shared, or rows
-            are longer than the backbone's positions.
+        ValueError: a number is out of range, or the recipe cannot run so: it does not fit into the memory, a step's
+            rows cannot be shared, or rows are longer than the backbone's positions.
     """
+    peak_tflops = peak_of(recipe, peak_tflops)
     for name, value in (("gpus", gpus), ("memory_gib", memory_gib), ("mfu", mfu), ("peak_tflops", peak_tflops)):
-        if value <= 0:
+        if not value > 0:
             raise ValueError(f"{name} is {value}: give more than 0")
+    if mfu > 1:
+        raise ValueError(f"mfu is {mfu}: give a share of the peak, 1 at most")
     num_units, is_assumed = _num_units(recipe)
     config = _config(recipe, lm_config, num_units)
     with torch.device("meta"):
@@ -137,6 +142,11 @@ def make_plan(
             )
         stages.append(plan)
     return Plan({name: count for name, count in parts.items() if count}, stages, num_units, is_assumed)
+
+
+def peak_of(recipe: Recipe, peak_tflops: float | None = None) -> float:
+    """The bf16 peak of a GPU in TFLOP/s that hours are counted with: the given one, the recipe's, or an H100's."""
+    return recipe.peak_tflops or PEAK_TFLOPS if peak_tflops is None else peak_tflops
 
 
 def memory_by_use(model: SmolTolkForCausalLM, recipe: Recipe, stage: StageSettings, gpus: int) -> dict[str, int]:
@@ -224,7 +234,7 @@ def one_layer(config: Any, lora: LoraSettings | None = None) -> nn.Module:
 
 def _num_units(recipe: Recipe) -> tuple[int, bool]:
     """Units of the stores, or the paper's number where there is none yet."""
-    for share in (*recipe.data.interleaved, *recipe.data.speech):
+    for share in (share for task in TASKS if task != "text" for share in recipe.data.stores(task)):
         try:
             found = Store(share.store).num_units
         except ValueError:  # not prepared yet

@@ -61,7 +61,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
             axes.set_title(name.removesuffix("_loss").replace("_", " "), fontsize=10)
             axes.set_xlabel("tokens")
             axes.spines[["top", "right"]].set_visible(False)
-        figure.axes[0].legend(fontsize=8)
+        _add_legend(figure)
         sections.append(Section(title, data_uri(figure)))
     levels = {run: _last(lines, "layer_weights") for run, lines in read.items()}
     if any(levels.values()):
@@ -75,6 +75,13 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
         axes.legend(fontsize=8)
         sections.append(Section(LEVELS, data_uri(figure)))
     return save_page(Path(output), "Training runs", sections)
+
+
+def _add_legend(figure: Any) -> None:
+    """Names each run once, though it may not have all of the curves."""
+    named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if named:
+        figure.axes[0].legend(named.values(), named.keys(), fontsize=8)
 
 
 def _summaries(read: dict[str, list[dict[str, Any]]]) -> Section:

@@ -107,6 +107,7 @@ class Trainer:
         with self._watch(state) as report, closing(self._batches(state.step)) as batches:
             if not state.step:  # text alone is not touched by the new speech parts: this is the backbone's own loss
                 state.backbone_text_loss = self._validate(state).get("validation_text_loss")
+                state.validation_rows = self.recipe.validation.rows
             while state.step < self.recipe.num_steps:
                 index, step_of_stage = self.recipe.stage_at(state.step)
                 stage = self.recipe.stages[index]
@@ -364,17 +365,16 @@ class Trainer:
         if stage.distillation is not None and self._teacher is not None:
             lessons = StepLessons(self._teacher, stage.distillation, batch, self.model.ids, self.ranks)
         self.model.train()
-        text_sum = speech_sum = loss_sum = 0.0
+        found: list[torch.Tensor] = []  # losses of each micro-batch
+        counts: list[tuple[int, int]] = []
         for start in range(0, len(batch), stage.rows_per_micro_batch):
             part = batch.select(slice(start, start + stage.rows_per_micro_batch))
             set_gradient_sync(self.model, is_on=start + stage.rows_per_micro_batch == len(batch))
             output = self._forward(part, num_labels, lessons.lesson(part) if lessons else None)
             (self.ranks.size * output.loss).backward()  # ranks average their gradients
-            part_text, part_speech = self.model.count_labels(part.input_ids, part.labels)
-            loss_sum += output.loss.item()
-            text_sum += output.text_loss.item() * part_text if part_text else 0.0
-            speech_sum += output.speech_loss.item() * part_speech if part_speech else 0.0
-        loss_sum, text_sum, speech_sum = self.ranks.sum(loss_sum, text_sum, speech_sum)
+            found.append(torch.stack([output.loss, output.text_loss, output.speech_loss]).detach())
+            counts.append(self.model.count_labels(part.input_ids, part.labels))
+        loss_sum, text_sum, speech_sum = self.ranks.sum(*summed(found, counts))
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         part_norms = gradient_norms(optimizer)
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm)).item()
@@ -429,8 +429,8 @@ class Trainer:
         with torch.autocast(self.ranks.device.type, torch.bfloat16) if is_bf16 else nullcontext():
             # Rows are full: without a mask attention runs its causal path.
             return self.model(
-                batch.input_ids.to(self.ranks.device),
-                labels=batch.labels.to(self.ranks.device),
+                batch.input_ids.to(self.ranks.device, non_blocking=True),
+                labels=batch.labels.to(self.ranks.device, non_blocking=True),
                 num_items_in_batch=num_labels,
                 more_loss=lesson,
             )
@@ -446,7 +446,8 @@ class Trainer:
             raise FloatingPointError(
                 f"{state.skipped_steps} steps had a loss or gradient that was not finite, more than "
                 f"max_skipped_steps {self.recipe.max_skipped_steps}; at step {state.step} the {where} held the "
-                f"utterances {', '.join(sorted(samples)[:20])}: look at them, or lower the learning rate"
+                f"utterances {', '.join(sorted(samples)[:20])}: look at them, raise max_skipped_steps to go on, or "
+                "begin anew with a lower learning rate"
             )
 
     @torch.no_grad()
@@ -491,7 +492,8 @@ class Trainer:
             metrics["selector_entropy"] = finite(entropy_sum / count)
             metrics["layer_weights"] = [finite(round(weight / count, 5)) for weight in weight_sums]
         loss = metrics.get("validation_text_loss")
-        if state.backbone_text_loss is not None and loss is not None:
+        is_same_set = state.validation_rows in (None, self.recipe.validation.rows)
+        if state.backbone_text_loss is not None and loss is not None and is_same_set:
             metrics["text_forgetting"] = loss - state.backbone_text_loss
         return metrics
 
@@ -536,6 +538,22 @@ def stop_requests() -> Iterator[StopRequests]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def summed(losses: list[torch.Tensor], counts: list[tuple[int, int]]) -> list[float]:
+    """Sums over micro-batches: of the loss, and of the cross-entropies of text and of speech.
+
+    They are read here, once a step: whenever they are read, an accelerator has to come to rest.
+
+    Args:
+        losses: of each micro-batch its loss, and the means over text and speech labels, (3,).
+        counts: numbers of these labels; a mean over none is left out.
+    """
+    sums = [0.0, 0.0, 0.0]
+    for values, (num_text, num_speech) in zip(torch.stack(losses).tolist(), counts, strict=True):
+        for i, (value, count) in enumerate(zip(values, (1, num_text, num_speech), strict=True)):
+            sums[i] += value * count if count else 0.0
+    return sums
 
 
 def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
