@@ -107,15 +107,15 @@ def test_the_plan_is_what_the_run_then_does(tiny_world, tmp_path):
     first, second = plan.stages
     assert first.trained + first.frozen == second.trained
     assert second.frozen == 0
-    assert second.hours == pytest.approx(second.flops / (0.4 * 790e12) / 3600)
+    assert second.hours == pytest.approx(second.flops / (0.3 * 989.5e12) / 3600)
 
 
 def test_hours_follow_the_recipes_peak_and_units_those_of_any_store(tiny_world, tmp_path):
     settings = tiny_recipe(tiny_world, tmp_path)
     hours = make_plan(make_recipe(settings)).stages[1].hours
-    quick = make_recipe(settings | {"peak_tflops": 1580})
+    quick = make_recipe(settings | {"peak_tflops": 1979})
     assert make_plan(quick).stages[1].hours == pytest.approx(hours / 2)
-    assert make_plan(quick, peak_tflops=79).stages[1].hours == pytest.approx(10 * hours)
+    assert make_plan(quick, peak_tflops=98.95).stages[1].hours == pytest.approx(10 * hours)
     settings["data"] = {"transcription": settings["data"]["speech"]}
     settings["stages"] = [settings["stages"][1] | {"mixture": {"transcription": 1}}]
     assert not make_plan(make_recipe(settings)).is_assumed
@@ -175,7 +175,7 @@ def test_a_shipped_recipe_fits_and_says_what_it_needs(path):
     memory_gib = max(stage.memory_bytes for stage in stages) / GIB
     assert (f": {memory_gib:.1f} GiB, a minute" if is_tiny else f"{memory_gib:.0f} GiB on each GPU") in header
     hours = sum(stage.hours for stage in stages)
-    assert is_tiny or f" {hours:.1f} hours at 40 % MFU of 790 TFLOP/s" in header
+    assert is_tiny or f" {hours:.1f} hours at 30 % MFU of 989.5 TFLOP/s" in header
     twin = path.with_name(path.name.replace("smoltolk", "early-fusion").replace("tiny.", "tiny-early-fusion."))
     assert twin.is_file()
     if twin != path:

@@ -44,8 +44,8 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("recipe", type=Path, help="YAML recipe")
     plan.add_argument("--gpus", type=int, default=1)
     plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU")
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
-    plan.add_argument("--peak-tflops", type=float, help="bf16 peak of a GPU; by default the recipe's, or 790 as H100s")
+    plan.add_argument("--mfu", type=float, default=0.3, help="share of the peak that training reaches")
+    plan.add_argument("--peak-tflops", type=float, help="bf16 peak of a GPU; by default the recipe's, or an H100's 989.5")
     plan.add_argument("--lm-config", help="configuration of the text LM, where the backbone itself is not at hand")
     plan.set_defaults(run=_plan, resume_hint="stopped")
 
