@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
+from smoltolk.speech.neural import check_device
 from smoltolk.speech.units import SpeechTokenizer
 
 CARD_FILE = "vocoder.json"
@@ -131,7 +132,7 @@ def load_vocoder(
             f"{path} decodes units of tokenizer {vocoder.tokenizer_fingerprint}, not of "
             f"{tokenizer.fingerprint}: train a vocoder for this tokenizer"
         )
-    return vocoder.to(device)
+    return vocoder.to(check_device(device))
 
 
 def read_vocoder_card(folder: Path) -> dict[str, Any]:

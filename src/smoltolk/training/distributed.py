@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
+from smoltolk.speech.neural import check_device
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,12 @@ def join_ranks(device: str) -> Ranks:
 
     Args:
         device: as recipes name it; "auto" takes the accelerator if there is one, "cuda" that of the local rank.
+
+    Raises:
+        ValueError: PyTorch cannot use the device.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    check_device(kind)
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if size == 1:
         return Ranks(0, 1, torch.device(kind))

@@ -243,6 +243,7 @@ def _config(recipe: Recipe, lm_config: PreTrainedConfig | None, num_units: int) 
                 f"backbone {recipe.model.backbone} cannot be read ({str(error).splitlines()[0]}): give --lm-config, "
                 "a configuration file or folder of the same LM"
             ) from error
+    check_backbone(lm_config)
     if recipe.model.max_position_embeddings is not None:
         lm_config.max_position_embeddings = recipe.model.max_position_embeddings
     return SmolTolkConfig(lm_config=lm_config, num_units=num_units, **settings)
