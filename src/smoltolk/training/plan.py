@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from smoltolk.data.store import Store
 from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.losses import LOGITS_PER_CHUNK
-from smoltolk.model.modeling_smoltolk import Adapter, SmolTolkForCausalLM
+from smoltolk.model.modeling_smoltolk import Adapter, SmolTolkForCausalLM, check_backbone
 from smoltolk.training.config import LoraSettings, Recipe, StageSettings
 from smoltolk.training.lora import add_lora, is_lora, lora_size
 from smoltolk.training.optim import expected_flops, trained_parts
