@@ -38,6 +38,8 @@ def test_no_command_prints_the_help(capsys):
         (["import-checkpoint", "here/a.txt", "out"], "source here/a.txt cannot be loaded with weights_only=True"),
         (["import-checkpoint", "none.pt", "out"], "source none.pt is not a file"),
         (["import-checkpoint", "none.pt", "."], "is not an empty folder"),
+        (["data", "check", "none"], "smoltolk data check: none is not a folder"),
+        (["import-checkpoint", "none.pt", "here/a.txt/out"], "cannot be read or written (Not a directory): correct"),
         (["export", "none", "out"], "none holds no config.json"),
         (["demo", "--seeds", "0"], "seeds is 0"),
     ],
@@ -101,7 +103,7 @@ def test_a_checkpoint_is_imported_and_exported_by_the_command_line(tmp_path, cap
 
     result = {"checkpoint": checkpoint_fingerprint(imported), "task": "cloze", "protocol": "p", "items": "i"}
     (tmp_path / "result.json").write_text(json.dumps(result | {"accuracy": {}}))
-    command = ["export", str(imported), str(exported), "--license", "mit", "--results", str(tmp_path / "result.json")]
+    command = ["export", str(imported), str(exported), "--license", "mit", "--results", str(tmp_path)]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.strip() == str(exported)
     assert (exported / "modeling_smoltolk.py").is_file()
