@@ -27,15 +27,28 @@ def test_no_command_prints_the_help(capsys):
         (["evaluate-generation", "none", "p.jsonl", "--to", "text", "--output", "out"], "none holds no config.json"),
         (["generate", "none", "--text", "a", "--to", "text"], "none holds no config.json"),
         (["generate", "none", "--text", "a", "--to", "speech"], "needs --output"),
+        (["generate", "none", "--text", "a", "--to", "text", "--output", "a.txt"], "--to text prints the text"),
+        (["generate", "none", "--text", "a", "--to", "speech", "--output", "a.mp3"], "give a name that ends in .wav"),
+        (["generate", "none", "--text", "a", "--to", "speech", "--output", "no/a.wav"], "there is no folder no"),
+        (["generate", ".", "--text", "a", "--to", "text"], ". holds a model of type 'llama'"),
+        (["generate", ".", "--text", "a", "--to", "text", "--device", "gpu"], "device is 'gpu', which PyTorch cannot"),
+        (["evaluate", ".", "items.parquet", "--output", "out"], ". holds a model of type 'llama'"),
+        (["data", "check", "here", "--text-tokenizer", "./none"], "text tokenizer ./none cannot be read"),
+        (["prepare", "here", "out", "--text-tokenizer", "./none"], "text tokenizer ./none cannot be read"),
+        (["import-checkpoint", "here/a.txt", "out"], "source here/a.txt cannot be loaded with weights_only=True"),
         (["import-checkpoint", "none.pt", "out"], "source none.pt is not a file"),
         (["import-checkpoint", "none.pt", "."], "is not an empty folder"),
+        (["data", "check", "none"], "smoltolk data check: none is not a folder"),
+        (["import-checkpoint", "none.pt", "here/a.txt/out"], "cannot be read or written (Not a directory): correct"),
         (["export", "none", "out"], "none holds no config.json"),
         (["demo", "--seeds", "0"], "seeds is 0"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_1(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "here.txt").touch()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.txt").write_text("RIFF and so on")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -90,7 +103,7 @@ def test_a_checkpoint_is_imported_and_exported_by_the_command_line(tmp_path, cap
 
     result = {"checkpoint": checkpoint_fingerprint(imported), "task": "cloze", "protocol": "p", "items": "i"}
     (tmp_path / "result.json").write_text(json.dumps(result | {"accuracy": {}}))
-    command = ["export", str(imported), str(exported), "--license", "mit", "--results", str(tmp_path / "result.json")]
+    command = ["export", str(imported), str(exported), "--license", "mit", "--results", str(tmp_path)]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.strip() == str(exported)
     assert (exported / "modeling_smoltolk.py").is_file()

@@ -92,9 +92,7 @@ def test_words_are_plain():
 
 
 def test_bad_input_is_refused(store, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"has 25 utterances with text, speech and word times .* ask for 25 utterances"
-    ):
+    with pytest.raises(ValueError, match=r"has 25 utterances with text, speech and word times .* give --utterances 25"):
         draw_pieces(store, 30)
     with pytest.raises(ValueError, match="utterances is 19: give 20 or more"):
         draw_pieces(store, 19)

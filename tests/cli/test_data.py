@@ -37,6 +37,13 @@ def test_it_prints_a_summary_and_draws_it(command, tmp_path, capsys):
     assert [shard.rows for shard in Store(tmp_path / "out").shards] == [2, 1]
 
 
+def test_rows_whose_reasons_are_not_shown_are_counted(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.data, "NUM_REASONS", 0)
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "quarantine.jsonl:\n  and 1 rows for other reasons" in printed
+
+
 def test_a_part_says_that_others_are_missing(command, tmp_path, capsys):
     command += ["--rows-per-shard", "2"]
     assert cli.main([*command, "--part", "2/2"]) == 0

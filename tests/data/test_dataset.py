@@ -250,6 +250,18 @@ def test_unaligned_utterances_longer_than_a_row_are_left_out_of_pairs_and_it_is_
         source(stores, mixture=only("synthesis"), row_tokens=10)
 
 
+def test_a_store_without_a_split_or_word_times_says_how_to_get_them(tmp_path):
+    rng = np.random.default_rng(0)
+    unaligned = [Utterance(**(vars(utterance("u", rng, "train")) | {"word_ends_s": None}))]
+    store = write_store(tmp_path / "s", unaligned, text_tokenizer_fingerprint="text-1", speech_tokenizer=CARD)
+    with pytest.raises(ValueError, match=r"in the split 'train': prepare it with word times or --aligner, or leave"):
+        source(store)
+    with pytest.raises(
+        ValueError, match=r"in the split 'validation': prepare it with --validation-share, or set valid"
+    ):
+        source(store, split="validation")
+
+
 def test_another_process_draws_the_same_rows(store):
     rows = source(store, mixture=TaskMixture(1, 1, 1, 1, 1))
     copy = pickle.loads(pickle.dumps(rows))  # noqa: S301 - made here

@@ -147,6 +147,13 @@ def test_an_empty_prompt_is_refused(pipeline, prompt):
         pipeline(prompt, to="text")
 
 
+def test_a_negative_temperature_and_no_new_tokens_are_refused(pipeline):
+    with pytest.raises(ValueError, match=r"temperature is -1: give 0"):
+        pipeline("w1", to="text", temperature=-1)
+    with pytest.raises(ValueError, match="max_new_tokens is 0: give 1 or more"):
+        pipeline("w1", to="text", max_new_tokens=0)
+
+
 def test_an_unknown_modality_is_refused(pipeline):
     with pytest.raises(ValueError, match="to is 'image'"):
         pipeline("w1", to="image")

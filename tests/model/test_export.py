@@ -119,6 +119,7 @@ def test_the_exported_folder_gives_the_same_numbers_where_smoltolk_is_not_instal
         [sys.executable, "-c", ELSEWHERE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr
+    assert "Do you wish to run the custom code?" not in process.stdout
     found = load_file(tmp_path / "found.safetensors")
     assert torch.equal(found["logits"], output.logits)
     assert torch.equal(found["layer_weights"], output.layer_weights)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.conftest import EARLY_FUSION, mixed_ids, tiny_lm_config, tiny_model, tiny_recipe
 from tests.training.backbones import CONFIGS
+from transformers import GPT2Config
 
 from smoltolk import cli
 from smoltolk.training.config import LoraSettings, load_recipe, make_recipe
@@ -146,6 +147,12 @@ def test_what_cannot_fit_or_be_shared_is_refused(tiny_world, tmp_path):
     with pytest.raises(ValueError, match="memory_gib is nan: give more than 0"):
         make_plan(recipe, memory_gib=float("nan"))
     assert make_plan(recipe).stages[0].memory_bytes < 2 * GIB
+
+
+def test_a_backbone_of_another_family_is_refused_by_its_type(tiny_world, tmp_path):
+    recipe = make_recipe(tiny_recipe(tiny_world, tmp_path))
+    with pytest.raises(ValueError, match="the backbone is of type 'gpt2': SmolTolk builds on"):
+        make_plan(recipe, lm_config=GPT2Config(vocab_size=90))
 
 
 def test_the_command_prints_the_plan_without_weights(tiny_world, tmp_path, capsys):

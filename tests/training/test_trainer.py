@@ -315,6 +315,25 @@ def test_another_recipe_does_not_go_on_with_a_run(tiny_world, tmp_path):
         run(settings | {"seed": 1})
 
 
+def test_a_model_that_no_checkpoint_belongs_to_is_not_written_over(tiny_world, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds a model, but no checkpoint to go on from, so it would be written over"):
+        run(tiny_recipe(tiny_world, tmp_path))
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_attention_kernel_that_is_not_there_is_named(tiny_world, tmp_path):
+    with pytest.raises(ValueError, match=r"attn_implementation is 'fast', which cannot be used: .*; sdpa can"):
+        run(tiny_recipe(tiny_world, tmp_path, attn_implementation="fast"))
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_world, tmp_path):
+    with pytest.raises(ValueError, match=r"device is 'gpu', which PyTorch cannot use here \(Expected .*\): give cpu"):
+        run(tiny_recipe(tiny_world, tmp_path, device="gpu"))
+
+
 def test_a_row_longer_than_the_backbones_positions_is_refused(tiny_world, tmp_path):
     settings = tiny_recipe(tiny_world, tmp_path)
     settings["stages"][0]["row_tokens"] = 257

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import Progress
 
 from smoltolk.analysis.abstraction import NUM_FOLDS, dimension_curve, probe_curve
@@ -22,9 +21,11 @@ from smoltolk.analysis.uncertainty import NUM_GROUPS, Curve, Mean, mean_of, over
 from smoltolk.data.dataset import BatchSource, TaskMixture
 from smoltolk.data.policies import SpanPolicy
 from smoltolk.data.store import MANIFEST, Store
+from smoltolk.model.export import load_model
 from smoltolk.model.fingerprint import checkpoint_fingerprint
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import write_atomically
+from smoltolk.speech.neural import check_device
 
 VERSION = 1  # of what is computed: kept results of another one are computed again
 MODALITIES = {"speech": True, "text": False}
@@ -345,8 +346,8 @@ def analyze_model(
             word times, or the model's states are not finite.
     """
     say = progress or (lambda what, share: None)
-    model: SmolTolkForCausalLM = SmolTolkForCausalLM.from_pretrained(subject.folder)
-    model.to(torch.device(device)).eval()  # type: ignore[arg-type]  # transformers' `to` is wrapped
+    model = load_model(Path(subject.folder))
+    model.to(check_device(device)).eval()  # type: ignore[arg-type]  # transformers' `to` is wrapped
     store = Store(subject.store)
     check_fits(model, store, subject)
     pieces = draw_pieces(

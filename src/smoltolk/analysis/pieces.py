@@ -57,7 +57,7 @@ def draw_pieces(
     rows = store.ids_of_split(split, is_aligned=True)
     if len(rows) < num_utterances:
         in_split, with_text = len(store.ids_of_split(split)), len(store.ids_of_split(split, has_text=True))
-        remedy = f"ask for {len(rows)} utterances" if len(rows) >= NUM_GROUPS else "give another store"
+        remedy = f"give --utterances {len(rows)}" if len(rows) >= NUM_GROUPS else "give another store"
         raise ValueError(
             f"{store.path} has {len(rows)} utterances with text, speech and word times in the split {split!r} (of "
             f"{in_split}, {with_text} of them with text), {num_utterances} are asked for: {remedy}, or prepare it "

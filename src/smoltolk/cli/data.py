@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+NUM_REASONS = 5  # that are printed of rows in quarantine; all are in summary.json
+
 
 def add_commands(commands: Any) -> None:
     """Adds the commands of this part to the subparsers of the command line."""
@@ -61,6 +63,7 @@ def _prepare(options: argparse.Namespace) -> None:
     from smoltolk.data.prepare import prepare
     from smoltolk.data.store import MANIFEST
     from smoltolk.data.summary import PICTURE, draw
+    from smoltolk.data.text import load_text_tokenizer
     from smoltolk.speech.kinds import load_speech_tokenizer
 
     if len(dict(options.columns or ())) < len(options.columns or ()):
@@ -76,7 +79,7 @@ def _prepare(options: argparse.Namespace) -> None:
         ),
         options.output,
         speech_tokenizer=None if options.speech_tokenizer is None else load_speech_tokenizer(options.speech_tokenizer),
-        text_tokenizer=_load_text_tokenizer(options.text_tokenizer),
+        text_tokenizer=options.text_tokenizer and load_text_tokenizer(options.text_tokenizer),
         aligner=_make_aligner(options),
         validation_share=options.validation_share,
         workers=options.workers,
@@ -103,8 +106,11 @@ def _prepare(options: argparse.Namespace) -> None:
             f"{summary.quarantined} rows ({summary.share_quarantined:.2%}) could not be used, see "
             f"{options.output / 'quarantine.jsonl'}:"
         )
-        for reason, count in list(summary.reasons.items())[:5]:
+        shown = list(summary.reasons.items())[:NUM_REASONS]
+        for reason, count in shown:
             print(f"  {count} × {reason}")
+        if len(shown) < len(summary.reasons):
+            print(f"  and {summary.quarantined - sum(count for _, count in shown)} rows for other reasons")
     try:
         draw(summary, options.output / PICTURE)
     except ImportError as error:
@@ -113,14 +119,6 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-
-
-def _load_text_tokenizer(name: str | None) -> Any:
-    if name is None:
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
 
 
 def _make_aligner(options: argparse.Namespace) -> Any:

@@ -9,16 +9,28 @@ def add_commands(commands: Any) -> None:
     """Adds the commands of this part to the subparsers of the command line."""
     generate = commands.add_parser("generate", help="continue a prompt of text and audio")
     generate.add_argument("model", type=Path, help="folder of a trained model")
-    generate.add_argument("--text", dest="prompt", action=_PromptPart, help="a part of the prompt; in order")
-    generate.add_argument("--audio", dest="prompt", action=_PromptPart, type=Path, help="a part of the prompt")
-    generate.add_argument("--to", choices=("text", "speech"), required=True)
-    generate.add_argument("--output", type=Path, help="WAV file for speech")
+    generate.add_argument(
+        "--text",
+        dest="prompt",
+        action=_PromptPart,
+        metavar="TEXT",
+        help="a part of the prompt; may be repeated, parts are read in the order given",
+    )
+    generate.add_argument(
+        "--audio", dest="prompt", action=_PromptPart, type=Path, metavar="FILE", help="the same, of speech"
+    )
+    generate.add_argument("--to", choices=("text", "speech"), required=True, help="what to say it in")
+    generate.add_argument("--output", type=Path, help="WAV file to write, with --to speech")
     generate.add_argument("--stream", action="store_true", help="print text while it comes")
-    generate.add_argument("--max-new-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 for the best token at each step")
-    generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--device", default="cpu")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=128, help="longest continuation, in text tokens or units; default: 128"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="default: 0.8; 0 for the best token at each step"
+    )
+    generate.add_argument("--top-k", type=int, default=0, help="sample from so many best tokens; default: all")
+    generate.add_argument("--seed", type=int, default=0, help="another one, another continuation")
+    generate.add_argument("--device", default="cpu", help="such as cuda; default: cpu")
     generate.set_defaults(run=_generate, resume_hint="stopped")
 
     importing = commands.add_parser("import-checkpoint", help="make a model folder from a checkpoint of the authors")
@@ -32,7 +44,9 @@ def add_commands(commands: Any) -> None:
     export = commands.add_parser("export", help="make a folder to share from a model: code, safetensors, card")
     export.add_argument("model", type=Path, help="folder of a trained or imported model")
     export.add_argument("output", type=Path, help="folder to make")
-    export.add_argument("--results", type=Path, nargs="+", default=[], help="result.json of evaluations of the model")
+    export.add_argument(
+        "--results", type=Path, nargs="+", default=[], help="result folders of evaluations of the model"
+    )
     export.add_argument("--license", help="licence of the weights; none is stated by default")
     export.set_defaults(run=_export, resume_hint="stopped; nothing was written")
 
@@ -59,7 +73,18 @@ def _generate(options: argparse.Namespace) -> None:
 
     if options.to == "speech" and options.output is None:
         raise ValueError("--to speech needs --output, the WAV file to write")
+    if options.to == "text" and options.output is not None:
+        raise ValueError(f"--output is {options.output}, but --to text prints the text: leave --output out")
+    if options.output is not None and options.output.suffix.lower() != ".wav":
+        raise ValueError(f"--output is {options.output}, but what is written is WAV: give a name that ends in .wav")
+    if options.output is not None and not options.output.parent.is_dir():
+        raise ValueError(f"--output is {options.output}, but there is no folder {options.output.parent}: make it first")
     pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
+    if options.to == "speech" and pipeline.vocoder is None:
+        raise ValueError(
+            f"{options.model} was kept without a vocoder, so units cannot become audio: copy the folder of a vocoder "
+            "of its speech tokenizer there as 'vocoder'"
+        )
     sampling = {
         "to": options.to,
         "max_new_tokens": options.max_new_tokens,
@@ -80,8 +105,6 @@ def _generate(options: argparse.Namespace) -> None:
     elif continuation.audio is not None:
         continuation.save(options.output)
         print(options.output)
-    elif pipeline.vocoder is None:
-        raise ValueError(f"{options.model} was kept without a vocoder: units cannot become audio")
     else:
         raise ValueError("the model ended at once and said nothing: try another --seed or prompt")
 

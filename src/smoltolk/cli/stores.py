@@ -69,10 +69,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from smoltolk.data.check import check_store
     from smoltolk.data.store import MANIFEST
+    from smoltolk.data.text import load_text_tokenizer
     from smoltolk.evaluation.benchmarks.reading import find_benchmarks
     from smoltolk.speech.units import read_card
 
@@ -82,7 +81,7 @@ def _check(options: argparse.Namespace) -> None:
     report = check_store(
         options.store,
         speech_fingerprint=options.speech_tokenizer and read_card(options.speech_tokenizer)["fingerprint"],
-        text_tokenizer=options.text_tokenizer and AutoTokenizer.from_pretrained(options.text_tokenizer),
+        text_tokenizer=options.text_tokenizer and load_text_tokenizer(options.text_tokenizer),
         progress=not options.json,
     )
     if options.json:
@@ -147,10 +146,9 @@ def _speak_cloze(options: argparse.Namespace) -> None:
 
 
 def _preview(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from smoltolk.data.preview import preview
     from smoltolk.data.store import Store
+    from smoltolk.data.text import load_text_tokenizer
     from smoltolk.speech.kinds import load_speech_tokenizer, load_vocoder
 
     store = Store(options.store)
@@ -164,7 +162,7 @@ def _preview(options: argparse.Namespace) -> None:
         options.output,
         rows=options.rows,
         split=options.split,
-        text_tokenizer=options.text_tokenizer and AutoTokenizer.from_pretrained(options.text_tokenizer),
+        text_tokenizer=options.text_tokenizer and load_text_tokenizer(options.text_tokenizer),
         vocoder=options.vocoder and load_vocoder(options.vocoder, tokenizer),
         audio_folder=options.audio_folder,
         **(settings | {name: value for name, value in given.items() if value is not None}),
@@ -194,9 +192,8 @@ def _recipe_settings(path: Path | None, stage: int | None) -> dict[str, Any]:
 
 
 def _import_authors(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from smoltolk.data.authors import import_authors
+    from smoltolk.data.text import load_text_tokenizer
 
     summary = import_authors(
         options.source,
@@ -204,7 +201,7 @@ def _import_authors(options: argparse.Namespace) -> None:
         speech_tokens=options.speech_tokens,
         text_tokens=options.text_tokens,
         speech_tokenizer=options.speech_tokenizer_card and _speech_card(options.speech_tokenizer_card),
-        text_tokenizer=options.text_tokenizer and AutoTokenizer.from_pretrained(options.text_tokenizer),
+        text_tokenizer=options.text_tokenizer and load_text_tokenizer(options.text_tokenizer),
         splits=_pairs(options.split),
         speech_meta=_numbers(options.speech_meta),
         text_meta=_numbers(options.text_meta),

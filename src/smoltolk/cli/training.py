@@ -27,7 +27,7 @@ def add_commands(commands: Any) -> None:
 
     report = commands.add_parser("report", help="draw the curves of training runs side by side into one HTML page")
     report.add_argument("runs", type=Path, nargs="+", help="output folders of runs")
-    report.add_argument("--output", type=Path, default=Path("report.html"))
+    report.add_argument("--output", type=Path, default=Path("report.html"), help="HTML page; default: report.html")
     report.set_defaults(run=_report, resume_hint="stopped; nothing was written")
 
     scaling = commands.add_parser("scaling", help="fit loss and accuracy of runs against compute, with intervals")
@@ -42,10 +42,10 @@ def add_commands(commands: Any) -> None:
 
     plan = commands.add_parser("plan", help="say what a recipe needs: parameters, tokens, FLOPs, memory, hours")
     plan.add_argument("recipe", type=Path, help="YAML recipe")
-    plan.add_argument("--gpus", type=int, default=1)
-    plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU")
-    plan.add_argument("--mfu", type=float, default=0.3, help="share of the peak that training reaches")
-    plan.add_argument("--peak-tflops", type=float, help="bf16 peak of a GPU; by default the recipe's, or an H100's 989.5")
+    plan.add_argument("--gpus", type=int, default=1, help="how many share the work; default: 1")
+    plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU; default: 80")
+    plan.add_argument("--mfu", type=float, default=0.3, help="share of the peak that training reaches; default: 0.3")
+    plan.add_argument("--peak-tflops", type=float, help="bf16 peak of a GPU; default: the recipe's, or an H100's 989.5")
     plan.add_argument("--lm-config", help="configuration of the text LM, where the backbone itself is not at hand")
     plan.set_defaults(run=_plan, resume_hint="stopped")
 

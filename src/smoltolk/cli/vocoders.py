@@ -82,6 +82,7 @@ def _fit_vocoder(options: argparse.Namespace) -> None:
             encoding=lambda seconds: bars.advance(encoding, seconds),
             progress=lambda done: bars.advance(training, done),
         )
+        bars.update(encoding, total=fitted.seconds, completed=fitted.seconds)
         fitted.vocoder.save(folder)
     for path, reason in fitted.failed:
         print(f"left out {path}: {reason}", file=sys.stderr)

@@ -336,7 +336,9 @@ class _SpeechFolder:
 
     def __init__(self, folder: Path, card: dict[str, Any] | None, given: Mapping[str, float] | None) -> None:
         if card is None:
-            raise ValueError(f"{folder} needs the card of its speech tokenizer: give speech_tokenizer")
+            raise ValueError(
+                f"{folder} needs the card of its speech tokenizer: give speech_tokenizer (--speech-tokenizer-card)"
+            )
         meta = _meta(folder, given, SPEECH_META, "speech_meta")
         self.folder, self.eos, self.frame_rate_hz = folder, int(meta["eos"]), meta["frame_rate"]
         if meta["n_q"] != 1:

@@ -261,9 +261,14 @@ class BatchSource:
             )
             rows.append(self._without_overlong(store, task, found) if task in PAIR_TASKS else found)
             if len(rows[-1]) == 0:
+                remedy = "with such utterances"
+                if self.split == "validation" and not len(store.ids_of_split(self.split)):
+                    remedy = "with --validation-share, or set validation.rows to 0"
+                elif task == "interleaved" and len(store.ids_of_split(self.split, has_text=True, has_speech=True)):
+                    remedy = "with word times or --aligner"
                 raise ValueError(
                     f"{store.path} has no utterance with {NEEDS.get(task, task)} in the split {self.split!r}: "
-                    f"prepare it with such utterances, or leave the store out of the task {task}"
+                    f"prepare it {remedy}, or leave the store out of the task {task}"
                 )
         return _Draws(
             [store for store, _ in weighted],

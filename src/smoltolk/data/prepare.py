@@ -98,9 +98,13 @@ def prepare(
             rows_per_shard = -(-scan.num_rows // _PIECES)
             scan = source.scan(rows_per_shard)
     if scan.text_in is not None and text_tokenizer is None:
-        raise ValueError(f"{scan.text_in} has text, but text_tokenizer is None: give a text tokenizer")
+        raise ValueError(
+            f"{scan.text_in} has text, but text_tokenizer is None: give a text tokenizer (--text-tokenizer)"
+        )
     if scan.audio_in is not None and speech_tokenizer is None:
-        raise ValueError(f"{scan.audio_in} has audio, but speech_tokenizer is None: give a speech tokenizer")
+        raise ValueError(
+            f"{scan.audio_in} has audio, but speech_tokenizer is None: give a speech tokenizer (--speech-tokenizer)"
+        )
     metadata = StoreMetadata(
         None if text_tokenizer is None else tokenizer_fingerprint(text_tokenizer),
         None if speech_tokenizer is None else speech_tokenizer.card(),

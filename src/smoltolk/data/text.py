@@ -6,7 +6,25 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+def load_text_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a text LM.
+
+    Args:
+        name: a folder, or a name on the Hugging Face Hub.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text tokenizer {name} cannot be read ({str(error).splitlines()[0]}): give the folder of a text LM with "
+            "its tokenizer, or the name of one that can be downloaded"
+        ) from error
 
 
 def encode_words(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray]:

@@ -30,6 +30,7 @@ from smoltolk.evaluation.tasks import load_cloze
 from smoltolk.generation.pipeline import Continuation, SmolTolkPipeline
 from smoltolk.speech.asr import normalised_words, word_error_rate
 from smoltolk.speech.audio import write_atomically
+from smoltolk.speech.neural import check_device
 from smoltolk.speech.resynthesis import total_word_errors
 from smoltolk.speech.units import SpeechTokenizer, Units
 
@@ -181,7 +182,7 @@ class TextScorer:
     def __init__(self, model: str | Path, *, device: str | torch.device = "cpu") -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._model = AutoModelForCausalLM.from_pretrained(model).eval()
-        self._model.to(device)
+        self._model.to(check_device(device))
 
     @torch.no_grad()
     def __call__(self, text: str) -> float | str:

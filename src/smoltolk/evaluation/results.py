@@ -248,13 +248,13 @@ def read_result(path: Path, checkpoint: str) -> dict[str, Any]:
     """Reads the `result.json` of a model.
 
     Args:
-        path: the file.
+        path: the file, or its folder.
         checkpoint: identity of the model, see `checkpoint_fingerprint`.
 
     Raises:
         ValueError: not such a file, or the result of another model.
     """
-    record = _read_json(path)
+    record = _read_json(path / RESULT_FILE if path.is_dir() else path)
     if record.get("checkpoint") != checkpoint:
         raise ValueError(f"{path} is no result of this model (checkpoint {checkpoint[:12]}…): evaluate it again")
     return record

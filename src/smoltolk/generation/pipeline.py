@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from smoltolk.generation.sampling import continue_ids
+from smoltolk.model.export import load_model
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import load_audio, save_wav
 from smoltolk.speech.kinds import load_speech_tokenizer, load_vocoder
-from smoltolk.speech.neural import NeuralTokenizer
+from smoltolk.speech.neural import NeuralTokenizer, check_device
 from smoltolk.speech.units import SpeechTokenizer, Units
 from smoltolk.speech.vocoder import Vocoder
 
@@ -98,13 +99,13 @@ class SmolTolkPipeline:
             device: where the model, the network of the speech tokenizer and that of the vocoder compute.
 
         Raises:
-            ValueError: the folder does not exist, or holds no such model.
+            ValueError: the folder does not exist, or holds no such model or not all of its weights; or PyTorch cannot
+                use the device.
         """
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds no config.json: give the folder of a trained model")
+        check_device(device)
+        model = load_model(folder)
         speech, vocoder = folder / "speech_tokenizer", folder / "vocoder"
-        model = SmolTolkForCausalLM.from_pretrained(folder)
         model.to(device)  # type: ignore[arg-type]
         speech_tokenizer = load_speech_tokenizer(speech) if speech.is_dir() else None
         if isinstance(speech_tokenizer, NeuralTokenizer):

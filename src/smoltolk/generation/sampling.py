@@ -206,7 +206,8 @@ def continue_ids(
 
     Raises:
         ValueError: a prompt is empty, padded on the right, or its modalities do not follow one another as in
-            training; or the model shall switch and never learnt to.
+            training; the temperature is negative or there is no new token to make; or the model shall switch and never
+            learnt to.
     """
     ids = model.ids
     if can_switch and not model.config.predict_switch:
@@ -214,6 +215,10 @@ def continue_ids(
     bounds = [most for _, most in (lengths.text, lengths.speech) if most is not None] if lengths else []
     if not can_switch and bounds and min(bounds) < min_new_tokens:
         raise ValueError(f"min_new_tokens is {min_new_tokens}, but lengths ends a run after {min(bounds)}: lower it")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}: give 0 for the best id at each step, or more")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if not input_ids.shape[1]:

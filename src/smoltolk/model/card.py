@@ -114,7 +114,7 @@ def _usage(name: str, has_tokenizer: bool, has_vocoder: bool) -> Iterator[str]:
     yield f"model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)"
     yield "ids = model.ids"
     if has_tokenizer:
-        yield f"tokenizer = AutoTokenizer.from_pretrained({name})"
+        yield f"tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)"
         yield f'text = tokenizer("{PROMPT}", add_special_tokens=False)["input_ids"]'
     else:
         yield "text = [ids.end_of_text_id]  # ids of the backbone's tokenizer"

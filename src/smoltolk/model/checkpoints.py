@@ -81,7 +81,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"source {path} is not a file: give the path of a checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:
         raise ValueError(
             f"source {path} cannot be loaded with weights_only=True: it is damaged, or holds Python objects, which "
             "could run code; if you trust it, load it yourself and pass a dict of its 'model' and 'model_args'"

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import soxr
-import torch
 from transformers import pipeline
+
+from smoltolk.speech.neural import check_device
 
 _WHISPER_WINDOW_S = 30.0
 _CTC_CHUNK_S = 30.0  # attention over longer audio needs memory that grows with its square
@@ -111,8 +112,8 @@ class Transcriber:
         OSError: there is no such model.
     """
 
-    def __init__(self, model: str | Path, *, device: str | torch.device = "cpu", language: str | None = None) -> None:
-        self._pipeline: Any = pipeline("automatic-speech-recognition", model=str(model), device=torch.device(device))
+    def __init__(self, model: str | Path, *, device: str = "cpu", language: str | None = None) -> None:
+        self._pipeline: Any = pipeline("automatic-speech-recognition", model=str(model), device=check_device(device))
         self._is_whisper = self._pipeline.type == "seq2seq_whisper"
         is_multilingual = self._is_whisper and getattr(self._pipeline.model.generation_config, "is_multilingual", False)
         if language is not None and not is_multilingual:

@@ -331,8 +331,8 @@ def load_hubert(
     if is_normalized is None:
         if "do_normalize" not in said:
             raise ValueError(
-                f"{name_or_path} has no preprocessor_config.json with do_normalize: give is_normalized, as the model "
-                "was trained"
+                f"{name_or_path} has no preprocessor_config.json with do_normalize: give is_normalized "
+                "(--normalize or --no-normalize), as the model was trained"
             )
         is_normalized = bool(said["do_normalize"])
     return model, HubertSettings(layer, is_normalized, sample_rate_hz=said.get("sampling_rate", 16_000))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from smoltolk.speech.alignment import Aligner
+from smoltolk.speech.neural import check_device
 from smoltolk.speech.units import SpeechTokenizer, read_card
 from smoltolk.speech.vocoder import Vocoder, read_vocoder_card
 
@@ -86,7 +87,7 @@ def load_vocoder(
             f"{path} decodes units of tokenizer {vocoder.tokenizer_fingerprint}, not of "
             f"{tokenizer.fingerprint}: train a vocoder for this tokenizer"
         )
-    return vocoder.to(device)
+    return vocoder.to(check_device(device))
 
 
 def make_aligner(

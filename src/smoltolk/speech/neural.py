@@ -269,7 +269,8 @@ def check_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {str(device)!r}, which PyTorch cannot use here: give cpu, or cuda") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"device is {str(device)!r}, which PyTorch cannot use here ({reason}): give cpu") from error
     return found
 
 

@@ -345,7 +345,8 @@ class Recipe(Strict):
             if stage.warmup_steps + stage.decay_steps > stage.steps:
                 raise ValueError(
                     f"stage {number}: warmup_steps {stage.warmup_steps} and decay_steps {stage.decay_steps} "
-                    f"do not fit into its {stage.steps} steps: lower them, or give it more steps"
+                    f"do not fit into its {stage.steps} steps: lower them (warmup_steps is 100 unless given), or "
+                    "give it more steps"
                 )
             if stage.train != "lora" and stage.lora is not None:
                 raise ValueError(f"stage {number}: lora is given, but train is {stage.train}: set train to lora")
@@ -355,6 +356,17 @@ class Recipe(Strict):
         if any(settings != by_lora[0] for settings in by_lora):
             raise ValueError("stages have different lora settings, but a run has one set of matrices: make them equal")
         return stages
+
+    @model_validator(mode="after")
+    def _has_stores_for_its_tasks(self) -> "Recipe":
+        for number, stage in enumerate(self.stages, start=1):
+            for task in TASKS:
+                if getattr(stage.mixture, task) and not self.data.stores(task):
+                    raise ValueError(
+                        f"stage {number}: mixture has {task}, but data.{task} names no store: give it one, such as "
+                        "[{store: FOLDER}], or leave it out of the mixture"
+                    )
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -481,21 +493,24 @@ def _problems(error: ValidationError, model: type[Strict]) -> Iterator[str]:
         key = ".".join(str(part) for before, part in zip(("", *location), location, strict=False) if before != "policy")
         if problem["type"] == "extra_forbidden":
             known = list(_settings_at(model, location[:-1]))
-            near = difflib.get_close_matches(str(location[-1]), known, n=3) or known
-            yield f"{key}: unknown key; did you mean {' or '.join(near)}?"
+            near = difflib.get_close_matches(str(location[-1]), known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            yield f"{key}: unknown key; {hint}"
         elif problem["type"] == "missing":
             yield f"{key}: missing"
         elif problem["type"] == "union_tag_not_found":
             yield f"{key}.kind: missing"
-        elif problem["type"] == "value_error" and _is_section(problem["input"]):  # our own check of several values
-            yield f"{key}: {problem['ctx']['error']}"
+        elif problem["type"] == "model_type":
+            yield f"{key}: {problem['input']!r} is refused: it is a section, give its keys"
+        elif problem["type"] == "value_error":  # ours; about a whole section they name the values at fault themselves
+            place = ": ".join(filter(None, (key, "" if _has_sections(problem["input"]) else f"{problem['input']!r}")))
+            yield f"{place}: {problem['ctx']['error']}" if place else str(problem["ctx"]["error"])
         else:
             yield f"{key}: {problem['input']!r} is refused: {problem['msg']}"
 
 
-def _is_section(value: Any) -> bool:
-    """Whether a value is made of settings, which would hide a message about some of them."""
-    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(part, dict) for part in value))
+def _has_sections(settings: Any) -> bool:
+    return isinstance(settings, dict) or (isinstance(settings, list) and any(map(_has_sections, settings)))
 
 
 def _settings_at(model: type[Strict], location: tuple[int | str, ...]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from smoltolk.data.store import Store
 from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.fusion import Adapter
 from smoltolk.model.losses import LOGITS_PER_CHUNK
-from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
+from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM, check_backbone
 from smoltolk.training.config import LoraSettings, Recipe, StageSettings
 from smoltolk.training.lora import add_lora, is_lora, lora_size
 from smoltolk.training.optim import expected_flops, trained_parts
@@ -254,6 +254,7 @@ def _config(recipe: Recipe, lm_config: PreTrainedConfig | None, num_units: int) 
                 f"backbone {recipe.model.backbone} cannot be read ({str(error).splitlines()[0]}): give --lm-config, "
                 "a configuration file or folder of the same LM"
             ) from error
+    check_backbone(lm_config)
     if recipe.model.max_position_embeddings is not None:
         lm_config.max_position_embeddings = recipe.model.max_position_embeddings
     return SmolTolkConfig(lm_config=lm_config, num_units=num_units, **settings)

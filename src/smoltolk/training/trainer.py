@@ -72,7 +72,7 @@ class Trainer:
         self._stores: dict[str, Store] = {}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.backbone)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"backbone {recipe.model.backbone} cannot be read ({str(error).splitlines()[0]}): give a folder "
                 "with a text LM and its tokenizer, or the name of one that can be downloaded"
@@ -200,7 +200,12 @@ class Trainer:
         )
         if self.recipe.lora is not None:  # drawn last: all else is as without
             add_lora(model, self.recipe.lora)
-        model.set_attn_implementation(self.recipe.attn_implementation)
+        kernel = self.recipe.attn_implementation
+        try:
+            model.set_attn_implementation(kernel)
+        except (ImportError, ValueError) as error:  # transformers' own words know nothing of recipes
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(f"attn_implementation is {kernel!r}, which cannot be used: {reason}; sdpa can") from error
         if self.recipe.gradient_checkpointing:
             # Renamed in transformers 5.2x; the old name warns there.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -284,6 +289,11 @@ class Trainer:
         checkpoints = list_checkpoints(self._checkpointer.folder)
         last = self.ranks.share(checkpoints[-1] if checkpoints else None)
         state = RunState(0, self.recipe.fingerprint) if last is None else load_state(last)
+        if last is None and (self.output / MODEL_FOLDER).exists():  # another's, or of a run without its checkpoints
+            raise ValueError(
+                f"output {self.output} holds a {MODEL_FOLDER}, but no checkpoint to go on from, so it would be written "
+                "over: give another output, or move it away"
+            )
         if state.recipe_fingerprint != self.recipe.fingerprint:
             raise ValueError(
                 f"output {self.output} holds a run of another recipe: give another output, or remove the folder"

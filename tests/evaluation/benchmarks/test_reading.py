@@ -377,7 +377,7 @@ def test_what_a_folder_holds_is_said_where_it_is_not_clear(tmp_path):
     assert open_benchmark(tmp_path, "swuggy", split="test").folder == tmp_path / "lexical" / "test"
     with pytest.raises(ValueError, match="holds no sblimp test, but swuggy dev, swuggy test, sblimp dev"):
         open_benchmark(tmp_path, "sblimp", split="test")
-    with pytest.raises(ValueError, match="holds no benchmark, but nothing that is known"):
+    with pytest.raises(ValueError, match="holds no benchmark, but nothing of a known layout"):
         open_benchmark(tmp_path / "empty")
     for options, message in (({"task": "best"}, "task is 'best'"), ({"modality": "song"}, "modality is 'song'")):
         with pytest.raises(ValueError, match=message):

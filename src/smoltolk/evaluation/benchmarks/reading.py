@@ -119,7 +119,7 @@ def open_benchmark(
     there = find_benchmarks(folder, modality=modality, pairs=pairs, story=story)
     fitting = [found for found in there if task in ("auto", found.task) and split in (None, found.split)]
     if not fitting:
-        holds = ", ".join(map(_named, there)) or "nothing that is known"
+        holds = ", ".join(map(_named, there)) or "nothing of a known layout"
         wanted = " ".join(filter(None, ("benchmark" if task == "auto" else task, split)))
         raise ValueError(f"{folder} holds no {wanted}, but {holds}: correct the folder, --task or --split")
     if len(fitting) > 1:
