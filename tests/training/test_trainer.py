@@ -311,8 +311,10 @@ def test_forgetting_is_not_measured_against_another_validation_set(tiny_world, t
 def test_another_recipe_does_not_go_on_with_a_run(tiny_world, tmp_path):
     settings = tiny_recipe(tiny_world, tmp_path)
     run(settings)
-    with pytest.raises(ValueError, match="holds a run of another recipe"):
-        run(settings | {"seed": 1})
+    settings["stages"][1]["learning_rate"] = 0.5
+    changed = r"\(seed was 0, is 1; stages\.1\.learning_rate was [\d.]+, is 0\.5\)"
+    with pytest.raises(ValueError, match=f"holds a run of another recipe {changed}"):
+        run(settings | {"seed": 1, "name": "may change"})
 
 
 def test_a_model_that_no_checkpoint_belongs_to_is_not_written_over(tiny_world, tmp_path):

@@ -9,7 +9,7 @@ import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class RunState:
     Args:
         step: steps done over all stages.
         recipe_fingerprint: fingerprint of the recipe that is run.
+        recipe: what of the recipe decides, to say what was changed.
         tokens: tokens seen.
         flops: training FLOPs spent.
         skipped_steps: steps skipped for a loss or gradient that was not finite.
@@ -45,6 +46,7 @@ class RunState:
 
     step: int
     recipe_fingerprint: str
+    recipe: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
     flops: int = 0
     skipped_steps: int = 0

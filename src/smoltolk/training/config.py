@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
@@ -371,9 +372,18 @@ class Recipe(Strict):
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides what is learnt; a run is resumed only under the same."""
+        return hashlib.sha256(self._decisive_json().encode()).hexdigest()
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """All that decides what is learnt, as JSON has it."""
+        settings: dict[str, Any] = json.loads(self._decisive_json())
+        return settings
+
+    def _decisive_json(self) -> str:
         # Left out by its default: without it, runs begun before would have another fingerprint.
         patience = type(self).model_fields["max_skipped_steps"].default
-        decisive = self.model_copy(update={"max_skipped_steps": patience}).model_dump_json(
+        return self.model_copy(update={"max_skipped_steps": patience}).model_dump_json(
             exclude={
                 "name",
                 "output",
@@ -390,7 +400,6 @@ class Recipe(Strict):
                 "peak_tflops",
             }
         )
-        return hashlib.sha256(decisive.encode()).hexdigest()
 
     def stage_at(self, step: int) -> tuple[int, int]:
         """Index of the stage that a step of the run belongs to, and the step within it."""
@@ -523,3 +532,17 @@ def _settings_at(model: type[Strict], location: tuple[int | str, ...]) -> Iterat
         elif isinstance(part, str) and "kind" in models[0].model_fields:  # the kind of a policy
             models = [model for model in models if part in get_args(model.model_fields["kind"].annotation)]
     yield from models[0].model_fields
+
+
+def changed_settings(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """What differs between two recipes as JSON has them: dotted name, old and new value of each setting."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = [(key, before.get(key), now.get(key)) for key in before | now]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = [(str(i), old, new) for i, (old, new) in enumerate(zip(before, now, strict=True))]
+    else:
+        if before != now:
+            yield f"{place} was {before!r}, is {now!r}"
+        return
+    for key, old, new in pairs:
+        yield from changed_settings(old, new, f"{place}.{key}" if place else key)

@@ -22,7 +22,7 @@ from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.kinds import load_speech_tokenizer, load_vocoder
 from smoltolk.training.checkpoints import Checkpointer, RunState, list_checkpoints, load_checkpoint, load_state
-from smoltolk.training.config import Recipe, StageSettings
+from smoltolk.training.config import Recipe, StageSettings, changed_settings
 from smoltolk.training.distillation import Lesson, StepLessons, Teacher
 from smoltolk.training.distributed import join_ranks, reshard, set_gradient_sync, shard, whole
 from smoltolk.training.loader import load_batches
@@ -288,15 +288,17 @@ class Trainer:
         self._checkpointer.remove_leftovers()
         checkpoints = list_checkpoints(self._checkpointer.folder)
         last = self.ranks.share(checkpoints[-1] if checkpoints else None)
-        state = RunState(0, self.recipe.fingerprint) if last is None else load_state(last)
+        state = RunState(0, self.recipe.fingerprint, self.recipe.decisive) if last is None else load_state(last)
         if last is None and (self.output / MODEL_FOLDER).exists():  # another's, or of a run without its checkpoints
             raise ValueError(
                 f"output {self.output} holds a {MODEL_FOLDER}, but no checkpoint to go on from, so it would be written "
                 "over: give another output, or move it away"
             )
         if state.recipe_fingerprint != self.recipe.fingerprint:
+            changed = "; ".join(changed_settings(state.recipe, self.recipe.decisive))
             raise ValueError(
-                f"output {self.output} holds a run of another recipe: give another output, or remove the folder"
+                f"output {self.output} holds a run of another recipe ({changed}): give another output, undo the "
+                "change, or remove the folder"
             )
         index, step_of_stage = self.recipe.stage_at(min(state.step, self.recipe.num_steps - 1))
         optimizer = self._begin_stage(index)
