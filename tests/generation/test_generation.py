@@ -271,3 +271,33 @@ def test_the_speech_tokenizer_computes_where_the_model_does(tmp_path):
     shutil.rmtree(tmp_path / "speech_tokenizer")
     mel.save(tmp_path / "speech_tokenizer")  # it has no network, and nothing warns of that
     assert SmolTolkPipeline.from_pretrained(tmp_path, device="meta").speech_tokenizer.fingerprint == mel.fingerprint
+
+
+def test_a_tokenizer_beside_the_model_serves_in_place_of_one_kept_with_it(tmp_path):
+    model, mel = tiny_model(), MelTokenizer.fit([tone(1.0)], num_units=2)
+    model.save_pretrained(tmp_path / "model")
+    tiny_text_tokenizer().save_pretrained(tmp_path / "model")
+    mel.save(tmp_path / "mel")
+    folder = str(tmp_path / "model")
+    assert SmolTolkPipeline.from_pretrained(folder).speech_tokenizer is None
+    given = SmolTolkPipeline.from_pretrained(folder, "auto", speech_tokenizer=tmp_path / "mel")
+    assert given.speech_tokenizer.fingerprint == mel.fingerprint
+    assert given.vocoder is None
+
+
+def test_a_model_of_the_hub_is_taken_by_its_name(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_text_tokenizer().save_pretrained(tmp_path)
+    asked = []
+
+    def download(name):
+        asked.append(name)
+        if name != "somebody/speaks":
+            raise FileNotFoundError("no such repository\nmore")
+        return str(tmp_path)
+
+    monkeypatch.setattr("smoltolk.model.export.snapshot_download", download)
+    assert SmolTolkPipeline.from_pretrained("somebody/speaks").model.config.num_units == tiny_model().config.num_units
+    with pytest.raises(ValueError, match=r"nobody/speaks is no folder, and .* downloaded \(no such repository\)"):
+        SmolTolkPipeline.from_pretrained("nobody/speaks")
+    assert asked == ["somebody/speaks", "nobody/speaks"]

@@ -30,7 +30,9 @@ def add_commands(commands: Any) -> None:
     )
     generate.add_argument("--top-k", type=int, default=0, help="sample from so many best tokens; default: all")
     generate.add_argument("--seed", type=int, default=0, help="another one, another continuation")
-    generate.add_argument("--device", default="cpu", help="such as cuda; default: cpu")
+    generate.add_argument("--speech-tokenizer", type=Path, help="default: the one that was kept with the model")
+    generate.add_argument("--vocoder", type=Path, help="default: the one that was kept with the model")
+    generate.add_argument("--device", default="cpu", help="such as cuda, or auto; default: cpu")
     generate.set_defaults(run=_generate, resume_hint="stopped")
 
     importing = commands.add_parser("import-checkpoint", help="make a model folder from a checkpoint of the authors")
@@ -79,11 +81,13 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError(f"--output is {options.output}, but what is written is WAV: give a name that ends in .wav")
     if options.output is not None and not options.output.parent.is_dir():
         raise ValueError(f"--output is {options.output}, but there is no folder {options.output.parent}: make it first")
-    pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
+    pipeline = SmolTolkPipeline.from_pretrained(
+        options.model, options.device, speech_tokenizer=options.speech_tokenizer, vocoder=options.vocoder
+    )
     if options.to == "speech" and pipeline.vocoder is None:
         raise ValueError(
-            f"{options.model} was kept without a vocoder, so units cannot become audio: copy the folder of a vocoder "
-            "of its speech tokenizer there as 'vocoder'"
+            f"{options.model} was kept without a vocoder, so units cannot become audio: give --vocoder, one of its "
+            "speech tokenizer"
         )
     sampling = {
         "to": options.to,

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from smoltolk.generation.sampling import continue_ids
-from smoltolk.model.export import load_model
+from smoltolk.model.export import load_model, local_folder
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import load_audio, save_wav
 from smoltolk.speech.kinds import load_speech_tokenizer, load_vocoder
@@ -91,30 +91,45 @@ class SmolTolkPipeline:
             )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "SmolTolkPipeline":
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        device: str = "cpu",
+        *,
+        speech_tokenizer: str | Path | None = None,
+        vocoder: str | Path | None = None,
+    ) -> "SmolTolkPipeline":
         """Loads the folder that training made: model, tokenizers, vocoder.
 
         Args:
-            folder: the folder.
-            device: where the model, the network of the speech tokenizer and that of the vocoder compute.
+            name_or_path: the folder, or the name of a model on the Hugging Face Hub, which is downloaded once.
+            device: where the model, the network of the speech tokenizer and that of the vocoder compute; "auto" takes
+                the GPU if there is one.
+            speech_tokenizer: folder of the speech tokenizer; by default the one that was kept with the model.
+            vocoder: folder of the vocoder; by default the one that was kept with the model.
 
         Raises:
-            ValueError: the folder does not exist, or holds no such model or not all of its weights; or PyTorch cannot
-                use the device.
+            ValueError: there is no such folder or model, it is none of this kind or lacks weights, tokenizer or
+                vocoder belong to another, or PyTorch cannot use the device.
         """
-        folder = Path(folder)
-        check_device(device)
+        place = check_device(device)
+        folder = local_folder(name_or_path)
         model = load_model(folder)
-        speech, vocoder = folder / "speech_tokenizer", folder / "vocoder"
-        model.to(device)  # type: ignore[arg-type]
-        speech_tokenizer = load_speech_tokenizer(speech) if speech.is_dir() else None
-        if isinstance(speech_tokenizer, NeuralTokenizer):
-            speech_tokenizer.to(device)
+        model.to(place)  # type: ignore[arg-type]
+
+        def companion(name: str, given: str | Path | None) -> str | Path | None:
+            return given if given is not None or not (folder / name).is_dir() else folder / name
+
+        speech_tokenizer = companion("speech_tokenizer", speech_tokenizer)
+        tokenizer = None if speech_tokenizer is None else load_speech_tokenizer(speech_tokenizer)
+        if isinstance(tokenizer, NeuralTokenizer):
+            tokenizer.to(str(place))
+        vocoder = companion("vocoder", vocoder)
         return cls(
             model,
             AutoTokenizer.from_pretrained(folder),
-            speech_tokenizer,
-            load_vocoder(vocoder, speech_tokenizer, device=device) if vocoder.is_dir() else None,
+            tokenizer,
+            None if vocoder is None else load_vocoder(vocoder, tokenizer, device=place),
         )
 
     def __call__(

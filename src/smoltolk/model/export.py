@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
 from .card import model_card, public_name
@@ -80,6 +81,24 @@ def export_model(
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return destination
+
+
+def local_folder(name_or_path: str | Path) -> Path:
+    """The folder of a model: the given one, or where a model of this name on the Hugging Face Hub is downloaded to.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(name_or_path)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name_or_path} is no folder, and no model of this name can be downloaded "
+            f"({str(error).strip().splitlines()[0]}): correct the path or the name"
+        ) from error
 
 
 def load_model(folder: Path) -> SmolTolkForCausalLM:

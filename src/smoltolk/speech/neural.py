@@ -260,11 +260,13 @@ def exact(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """A device that is there.
+    """A device that is there; for "auto" the GPU if there is one, else the CPU.
 
     Raises:
         ValueError: it is unknown or not there.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
