@@ -3,14 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
 from smoltolk.analysis.abstraction import NUM_FOLDS, dimension_curve, probe_curve
 from smoltolk.analysis.layer_weights import layer_weights
@@ -25,6 +24,7 @@ from smoltolk.data.store import MANIFEST, Store
 from smoltolk.model.fingerprint import checkpoint_fingerprint
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import write_atomically
+from smoltolk.terminal import progress_bar
 
 VERSION = 1  # of what is computed: kept results of another one are computed again
 MODALITIES = {"speech": True, "text": False}
@@ -275,8 +275,7 @@ def compare(
     kept.mkdir(parents=True, exist_ok=True)
     by_name: dict[str, list[Subject]] = {}
     found: dict[str, list[ModelAnalysis]] = {}
-    bar: AbstractContextManager[Any] = Progress() if progress else nullcontext()
-    with bar:
+    with progress_bar(TaskProgressColumn(), TimeRemainingColumn(), disable=not progress) as bar:
         for subject in subjects:
             path = kept / f"{key_of(subject, settings)}.json"
             if path.is_file():

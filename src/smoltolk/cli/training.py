@@ -4,11 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from smoltolk.cli.tables import print_wide
+from smoltolk.terminal import print_table
 
 
 def add_commands(commands: Any) -> None:
@@ -69,7 +67,7 @@ def _ablate(options: argparse.Namespace) -> None:
         run_ablation(ablation, options.output, jobs=options.jobs)
     path, tables = write_tables(ablation, options.output)
     for table in tables:
-        print_wide(table)
+        print_table(table)
     print(path)
 
 
@@ -85,10 +83,10 @@ def _scaling(options: argparse.Namespace) -> None:
 
     scaling = compare_scaling(options.runs)
     for found in tables(scaling):
-        table = Table(*map(escape, found.columns), title=found.caption)
+        table = Table(*found.columns, title=found.caption)
         for row in found.rows:
-            table.add_row(*map(escape, row))
-        print_wide(table)
+            table.add_row(*row)
+        print_table(table)
     for note in scaling.notes:
         print(f"note: {note}")
     print(write_page(scaling, options.output))
@@ -119,4 +117,4 @@ def _plan(options: argparse.Namespace) -> None:
         row = (f"{stage.trained:,}", f"{stage.frozen:,}", f"{stage.tokens_per_step:,}", f"{stage.steps:,}")
         more = (f"{stage.tokens:.3g}", f"{stage.flops:.3g}", f"{stage.memory_bytes / GIB:.1f}", f"{stage.hours:.2f}")
         table.add_row(str(number), *row, *more)
-    Console().print(table)
+    print_table(table)

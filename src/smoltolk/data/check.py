@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from smoltolk.data.shard import SHARD_SCHEMA, RowGroup, Tokens, tokens_of
@@ -36,6 +36,7 @@ from smoltolk.data.utterance import (
     word_units,
 )
 from smoltolk.data.work_folder import BLOCKS, QUARANTINE, SETTINGS
+from smoltolk.terminal import progress_bar
 
 PREPARE_AGAIN = "prepare the store again"
 COPY_AGAIN = "copy it again, or prepare the store again"
@@ -162,8 +163,7 @@ def check_store(
     check = _Check(path, text_tokenizer, limits or Limits())
     check.folder()
     total_bytes = sum((path / shard.file).stat().st_size for shard in check.shards if (path / shard.file).is_file())
-    columns = (TextColumn("check"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
+    with progress_bar(TaskProgressColumn(), TimeRemainingColumn(), disable=not progress) as bar:
         task = bar.add_task("check", total=total_bytes)
         for shard in check.shards:
             check.shard(shard)

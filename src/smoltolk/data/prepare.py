@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from smoltolk.data.blocks import BATCH_S, Preparer
@@ -26,6 +25,7 @@ from smoltolk.data.utterance import FORMAT_VERSION, StoreMetadata
 from smoltolk.data.work_folder import WorkFolder
 from smoltolk.speech.alignment import Aligner
 from smoltolk.speech.units import SpeechTokenizer
+from smoltolk.terminal import progress_bar
 
 _PIECES = 16  # at least, of sources that have as many rows
 
@@ -188,8 +188,7 @@ def _work(
     mine = {number for number in range(part[0] - 1, scan.num_pieces, part[1]) if not job.folder.is_done(number)}
     if not mine:
         return
-    columns = (TextColumn("prepare"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
+    with progress_bar(disable=not progress) as bar:
         total = None if scan.num_rows is None else round(scan.num_rows * len(mine) / scan.num_pieces)
         task = bar.add_task("prepare", total=total)
 
