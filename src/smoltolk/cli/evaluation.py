@@ -125,7 +125,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from smoltolk.evaluation.tasks import cloze_task, load_cloze
     from smoltolk.generation.pipeline import SmolTolkPipeline
     from smoltolk.model.fingerprint import checkpoint_fingerprint
+    from smoltolk.speech.audio import check_output
 
+    check_output(options.output, is_folder=True)
     named = None if options.protocol is None else find_protocol(options.protocol)
     prefix = {"num_prefix_tokens": options.prefix_tokens, "prefix_seed": options.prefix_seed}
     settings = ScoringSettings(
@@ -187,7 +189,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _analyze(options: argparse.Namespace) -> None:
     from smoltolk.analysis.analyze import AnalysisSettings, Subject, compare
     from smoltolk.analysis.page import write_page
+    from smoltolk.pages import check_page
 
+    check_page(options.output)
     settings = AnalysisSettings(
         utterances=options.utterances,
         words_per_piece=options.words_per_piece,
@@ -285,7 +289,9 @@ def _evaluate_generation(options: argparse.Namespace) -> None:
     from smoltolk.generation.pipeline import SmolTolkPipeline
     from smoltolk.model.fingerprint import checkpoint_fingerprint
     from smoltolk.speech.asr import Transcriber
+    from smoltolk.speech.audio import check_output
 
+    check_output(options.output, is_folder=True)
     names = ("to", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "samples")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     if options.language is not None and options.asr is None:

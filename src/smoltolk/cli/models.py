@@ -53,9 +53,12 @@ class _PromptPart(argparse.Action):
 
 def _generate(options: argparse.Namespace) -> None:
     from smoltolk.generation.pipeline import SmolTolkPipeline
+    from smoltolk.speech.audio import check_output
 
     if options.to == "speech" and options.output is None:
         raise ValueError("--to speech needs --output, the WAV file to write")
+    if options.output is not None:
+        check_output(options.output)
     pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
     sampling = {
         "to": options.to,

@@ -80,7 +80,9 @@ def _report(options: argparse.Namespace) -> None:
 def _scaling(options: argparse.Namespace) -> None:
     from smoltolk.experiments.scaling import compare_scaling
     from smoltolk.experiments.scaling_page import tables, write_page
+    from smoltolk.pages import check_page
 
+    check_page(options.output)
     scaling = compare_scaling(options.runs)
     for found in tables(scaling):
         table = Table(*found.columns, title=found.caption)

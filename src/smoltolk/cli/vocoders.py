@@ -123,7 +123,7 @@ def _make_mimi_vocoder(options: argparse.Namespace) -> None:
 def _resynthesize(options: argparse.Namespace) -> None:
     from smoltolk.data.recordings import find_recordings
     from smoltolk.speech.asr import Transcriber
-    from smoltolk.speech.audio import write_atomically
+    from smoltolk.speech.audio import check_output, write_atomically
     from smoltolk.speech.resynthesis import resynthesize_files
     from smoltolk.speech.units import load_speech_tokenizer
     from smoltolk.speech.vocoder import load_vocoder
@@ -143,6 +143,7 @@ def _resynthesize(options: argparse.Namespace) -> None:
         raise ValueError(f"text is {options.text}: it is for a single recording; give texts beside the files")
     if options.language is not None and options.asr is None:
         raise ValueError(f"language is {options.language!r}, but there is no recogniser: give --asr, or leave it out")
+    check_output(folder, is_folder=True)
     tokenizer = load_speech_tokenizer(options.tokenizer)
     with progress_bar() as bars:
         task = bars.add_task("resynthesize, files", total=len(recordings))

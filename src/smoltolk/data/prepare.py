@@ -24,6 +24,7 @@ from smoltolk.data.text import tokenizer_fingerprint
 from smoltolk.data.utterance import FORMAT_VERSION, StoreMetadata
 from smoltolk.data.work_folder import WorkFolder
 from smoltolk.speech.alignment import Aligner
+from smoltolk.speech.audio import check_output
 from smoltolk.speech.units import SpeechTokenizer
 from smoltolk.terminal import progress_bar
 
@@ -90,6 +91,7 @@ def prepare(
         ImportError: an extra is needed that is not installed.
     """
     _check_settings(validation_share, rows_per_shard, batch_s, workers, engine, gpus_per_worker, part)
+    check_output(Path(output), is_folder=True)
     source = source if isinstance(source, Source) else open_source(source)
     scan = source.scan(rows_per_shard or ROWS_PER_SHARD)
     if rows_per_shard is None:

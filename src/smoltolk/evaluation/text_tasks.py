@@ -18,7 +18,7 @@ from smoltolk.evaluation.comparison import paired_test
 from smoltolk.evaluation.results import NUM_BOOTSTRAP, first_difference
 from smoltolk.evaluation.scoring import ScoringSettings
 from smoltolk.model.fingerprint import checkpoint_fingerprint
-from smoltolk.speech.audio import write_atomically
+from smoltolk.speech.audio import check_output, write_atomically
 
 JSON_FILE, MARKDOWN_FILE = "text-tasks.json", "text-tasks.md"
 PARTS_FOLDER = "tasks"
@@ -185,6 +185,7 @@ def evaluate_text_tasks(
         raise ValueError(
             f"models is {', '.join(map(str, models))}: give that before training, at least one after it, and each once"
         )
+    check_output(output, is_folder=True)
     from smoltolk.evaluation.harness import SmolTolkLM  # says which extra is missing
 
     identities = [_identity(folder) for folder in models]
