@@ -23,6 +23,7 @@ from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from smoltolk.data.shard import SHARD_SCHEMA, RowGroup, Tokens, tokens_of
+from smoltolk.data.sources import SPLITS
 from smoltolk.data.store import MANIFEST, Shard
 from smoltolk.data.text import decode_tokens, encode_words, tokenizer_fingerprint
 from smoltolk.data.utterance import (
@@ -490,6 +491,9 @@ class _Check:
                 self._note(
                     f"no rows in the split {split!r}", ", ".join(map(repr, self._splits)), "give rows that split"
                 )
+        if others := sorted(self._splits.keys() - {"", *SPLITS}):
+            counts = ", ".join(f"{split!r}: {self._splits[split]} rows" for split in others)
+            self._note("splits that training never draws from", counts, "prepare with --split NAME=validation")
         if self._splits[""]:
             self._note(
                 "rows without a split", f"{self._splits['']} of {self._rows}", "give them one: they are never drawn"

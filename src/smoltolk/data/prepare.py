@@ -85,8 +85,8 @@ def prepare(
         The summary, or None when this part is done but others are not.
 
     Raises:
-        ValueError: the source cannot be read, a setting is out of range, a tokenizer is missing, or the
-            output was begun with other settings.
+        ValueError: the source cannot be read, a setting is out of range, a tokenizer is missing, the output was
+            begun with other settings, or a file has changed since its rows were prepared.
         OSError: the output cannot be written; names the path.
         ImportError: an extra is needed that is not installed.
     """
@@ -140,6 +140,7 @@ def prepare(
                 return read_summary(folder.path)
             for other in join:
                 folder.take_over(Path(other))
+            folder.refuse_changed_files(range(part[0] - 1, scan.num_pieces, part[1]), source.audio_folder)
             _work(job, source, scan, workers, engine, gpus_per_worker, part, progress)
             if part[1] == 1:
                 return folder.finish(scan.num_pieces)
