@@ -29,7 +29,10 @@ def test_no_command_prints_the_help(capsys):
         (["generate", "none", "--text", "a", "--to", "speech"], "needs --output"),
         (["generate", "none", "--text", "a", "--to", "text", "--output", "a.txt"], "--to text prints the text"),
         (["generate", "none", "--text", "a", "--to", "speech", "--output", "a.mp3"], "give a name that ends in .wav"),
-        (["generate", "none", "--text", "a", "--to", "speech", "--output", "no/a.wav"], "there is no folder no"),
+        (
+            ["generate", "none", "--text", "a", "--to", "speech", "--output", "no/a.wav"],
+            "no/a.wav lies in no, which",
+        ),
         (["generate", ".", "--text", "a", "--to", "text"], ". holds a model of type 'llama'"),
         (["generate", ".", "--text", "a", "--to", "text", "--device", "gpu"], "device is 'gpu', which PyTorch cannot"),
         (["evaluate", ".", "items.parquet", "--output", "out"], ". holds a model of type 'llama'"),
@@ -53,6 +56,40 @@ def test_bad_input_is_one_message_and_exit_code_1(arguments, message, capsys, tm
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+FOLDERS_TO_WRITE = [
+    ["evaluate", "none", "items.parquet"],
+    ["evaluate-generation", "none", "prompts.jsonl", "--to", "text"],
+    ["text-tasks", "before", "after", "--tasks", "a"],
+    ["resynthesize", "here.wav", "--tokenizer", "none", "--vocoder", "none"],
+    ["prepare", "none.csv"],
+]
+
+
+@pytest.mark.parametrize("command", FOLDERS_TO_WRITE, ids=lambda command: command[0])
+def test_an_output_folder_that_cannot_be_made_is_said_before_the_work(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.wav").touch()
+    given = ["here.wav/a/b.wav"] if command[0] in ("resynthesize", "prepare") else ["--output", "here.wav/a"]
+    assert cli.main([*command[:2], *given, *command[2:]]) == 1
+    assert "lies in here.wav, which is not a folder: give a path in a folder that is there" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["here.wav"]
+
+
+@pytest.mark.parametrize("command", [["scaling", "none"], ["analyze", "none", "--store", "none"], ["report", "none"]])
+def test_a_page_that_cannot_be_written_is_said_before_the_work(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for output, message in (
+        ("none/page.html", "output none/page.html lies in none, which is not a folder"),
+        (".", "output . is a folder: give the name of a file"),
+    ):
+        assert cli.main([*command, "--output", output]) == 1
+        assert message in capsys.readouterr().err
+    if command[0] != "report":
+        assert cli.main([*command, "--output", "page.json"]) == 1
+        assert "output is page.json, which is where the numbers go" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_recipe_key_is_said_on_the_command_line(tiny_world, tmp_path, capsys):

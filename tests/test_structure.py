@@ -9,7 +9,7 @@ from smoltolk.model.export import CODE
 
 SOURCE = Path(smoltolk.__file__).parent
 LEVELS = [
-    {"model"},
+    {"model", "terminal"},
     {"speech"},
     {"data", "pages"},
     {"generation"},

@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from smoltolk.speech.audio import write_atomically
+from smoltolk.speech.audio import check_output, write_atomically
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e08e0b", "#7a52a3", "#5f6b6d", "#a0522d", "#008b8b")
 NEEDED = "the page needs matplotlib and Jinja, which are not installed: pip install 'smoltolk[demo]'"
@@ -74,6 +74,16 @@ def path_of_numbers(output: Path) -> Path:
             f"output is {output}, which is where the numbers go: give a page a name such as {output.stem}.html"
         )
     return path
+
+
+def check_page(output: Path) -> None:
+    """Says before long work that a page, or the numbers beside it, could not be written.
+
+    Raises:
+        ValueError: as `check_output` and `path_of_numbers` do.
+    """
+    check_output(output)
+    path_of_numbers(output)
 
 
 def new_figure(width: float, height: float) -> Any:

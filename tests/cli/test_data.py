@@ -44,6 +44,19 @@ def test_rows_whose_reasons_are_not_shown_are_counted(command, tmp_path, capsys,
     assert "quarantine.jsonl:\n  and 1 rows for other reasons" in printed
 
 
+def test_the_names_of_splits_are_mapped(tmp_path, capsys):
+    tiny_text_tokenizer().save_pretrained(tmp_path / "text")
+    rows = [{"text": "w1", "id": name, "split": name} for name in ("train", "valid")]
+    command = ["prepare", str(write_manifest(tmp_path, rows)), str(tmp_path / "out")]
+    command += ["--text-tokenizer", str(tmp_path / "text")]
+    assert cli.main(command) == 1
+    assert "split is 'valid', which training never draws from" in capsys.readouterr().err
+    assert cli.main([*command, "--split", "valid=train", "valid=test"]) == 1
+    assert "--split names one of their splits twice: valid=train valid=test" in capsys.readouterr().err
+    assert cli.main([*command, "--split", "valid=validation"]) == 0
+    assert "2 utterances (1 train, 1 validation)" in capsys.readouterr().out
+
+
 def test_a_part_says_that_others_are_missing(command, tmp_path, capsys):
     command += ["--rows-per-shard", "2"]
     assert cli.main([*command, "--part", "2/2"]) == 0

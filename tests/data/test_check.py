@@ -314,6 +314,13 @@ def test_missing_splits_and_missing_times_are_told(tmp_path):
     assert list(found(make_store(tmp_path / "empty", []))) == ["no rows"]
 
 
+def test_splits_that_training_never_draws_from_are_told(tmp_path):
+    rows = [replace(ROWS[0], split="test"), replace(ROWS[1], split="valid"), *ROWS[2:]]
+    told = found(make_store(tmp_path / "store", rows))["splits that training never draws from"]
+    assert told.examples == ("'valid': 1 rows",)
+    assert not told.is_fault
+
+
 def test_the_command_prints_a_table_or_json_and_ends_with_0_or_1(tmp_path, capsys, tiny_world):
     path = make_store(tmp_path / "store", [replace(row, id=f"[b]{row.id}") for row in ROWS])
     backbone = str(tiny_world / "backbone")

@@ -89,6 +89,17 @@ def test_parquet_files_are_of_the_split_their_names_tell(tmp_path, names):
             assert source.scan(2).num_rows == len(expected)
 
 
+def test_names_of_splits_in_a_column_become_those_of_a_store_or_end_the_work(tmp_path):
+    Dataset.from_dict({"text": ["a", "b", "c"], "split": ["train", "valid", None]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"train-00000-000001: split is 'valid', which training never draws from"):
+        rows_of(HubSource(str(tmp_path)))
+    source = open_source(f"hf:{tmp_path}", splits={"valid": "validation"})
+    assert [row.split for rows in rows_of(source, 3) for row in rows] == ["train", "validation", None]
+    without = open_source(f"text:{tmp_path}", splits={"valid": "validation"})
+    with pytest.raises(ValueError, match="has no column split to read, so splits have no effect: leave out --split"):
+        without.scan(3)
+
+
 def test_a_split_that_is_not_there_is_refused(tmp_path):
     Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "plain" / "0000.parquet")
     Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "test.parquet")

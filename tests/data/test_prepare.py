@@ -1,8 +1,10 @@
 """Preparation: what goes in, what is quarantined, and that a killed run goes on to the same store."""
 
 import errno
+import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tests.data.conftest import RATE_HZ, contents, mixed_manifest, quarantine, s
 
 from smoltolk.data import store as store_module
 from smoltolk.data.prepare import prepare
-from smoltolk.data.sources import audio_files, read_manifest
+from smoltolk.data.sources import RowSource, SourceRow, audio_files, read_manifest
 from smoltolk.data.store import Store
 from smoltolk.speech.mel import MelTokenizer
 
@@ -172,6 +174,65 @@ def test_going_on_with_other_settings_is_refused_with_both_values(tmp_path, toke
         file.write(json.dumps({"text": "one"}) + "\n")
     with pytest.raises(ValueError, match="source_rows was 10, is 11; source_sha256 was"):
         prepare(source, tmp_path / "out", **tokenizers)
+
+
+def test_audio_that_changes_between_two_starts_is_refused_with_its_name(tmp_path, tokenizers):
+    source, half = mixed_manifest(tmp_path / "in"), {"part": (1, 2), "rows_per_shard": 3}
+    prepare(source, tmp_path / "out", **tokenizers, **half)  # rows 0 to 2 and 6 to 8
+    prepare(source, tmp_path / "out", **tokenizers, **half)
+    recording, folder = tmp_path / "in" / "1.wav", tmp_path / "out" / "blocks" / "00000"
+    os.utime(tmp_path / "in" / "4.wav")  # of the other part, which has not begun
+    for change in (lambda: os.utime(recording), lambda: soundfile.write(recording, sound(1)[:-800], RATE_HZ)):
+        change()
+        with pytest.raises(ValueError, match=rf"1.wav has changed since .*bytes of .* UTC.*delete {folder}: the rows"):
+            prepare(source, tmp_path / "out", **tokenizers, **half)
+    os.utime(tmp_path / "in" / "8.wav")
+    with pytest.raises(ValueError, match=r"1.wav and 1 other files have changed .*/00000, .*/00002: the rows"):
+        prepare(source, tmp_path / "out", **tokenizers, **half)
+    for number in (0, 2):
+        shutil.rmtree(tmp_path / "out" / "blocks" / f"{number:05d}")
+    assert prepare(source, tmp_path / "out", **tokenizers, rows_per_shard=3).utterances == 8
+    prepare(source, tmp_path / "new", **tokenizers, rows_per_shard=3)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+def test_audio_that_comes_is_refused_and_audio_that_goes_is_none_of_the_next_starts_business(tmp_path, tokenizers):
+    source = mixed_manifest(tmp_path / "in")
+    prepare(source, tmp_path / "out", **tokenizers, part=(2, 2), rows_per_shard=3)  # rows 3 to 5 and 9
+    (tmp_path / "in" / "3.wav").unlink()
+    prepare(source, tmp_path / "out", **tokenizers, part=(2, 2), rows_per_shard=3)
+    soundfile.write(tmp_path / "in" / "missing.wav", sound(1), RATE_HZ)
+    with pytest.raises(ValueError, match=r"missing.wav has changed since .*was not there, is \d+ bytes of"):
+        prepare(source, tmp_path / "out", **tokenizers, part=(2, 2), rows_per_shard=3)
+    # On the machine that joins, files have times of their own.
+    assert prepare(source, tmp_path / "whole", **tokenizers, join=[tmp_path / "out"], rows_per_shard=3).utterances == 8
+
+
+def test_a_change_of_an_archive_is_noticed_and_bytes_have_no_file(tmp_path, tokenizers):
+    recordings = [wav(number) for number in range(4)]
+    archive = tmp_path / "audio.tar"
+    archive.write_bytes(b"".join(recordings))
+    starts = [sum(map(len, recordings[:number])) for number in range(4)]
+    rows = [
+        SourceRow(str(number), str(number), "audio.tar", byte_range=(start, len(recordings[number])))
+        for number, start in enumerate(starts)
+    ]
+    rows.append(SourceRow("bytes", "bytes", recordings[0]))
+    source = RowSource("made", lambda: rows, tmp_path)
+    settings = {**tokenizers, "rows_per_shard": 2, "part": (1, 2)}
+    prepare(source, tmp_path / "out", **settings)  # rows 0, 1 and the bytes
+    record = json.loads((tmp_path / "out" / "blocks" / "00002" / "00000.json").read_bytes())
+    assert (record["shard"]["rows"], record["files"]) == (1, {})
+    prepare(source, tmp_path / "out", **settings)
+    os.utime(archive)
+    with pytest.raises(ValueError, match=r"audio.tar has changed since .*delete .*/00000: the rows"):
+        prepare(source, tmp_path / "out", **settings)
+
+
+def wav(seed):
+    file = io.BytesIO()
+    soundfile.write(file, sound(seed), RATE_HZ, format="WAV")
+    return file.getvalue()
 
 
 def test_a_full_disk_names_the_path_and_leaves_work_that_goes_on(tmp_path, tokenizers, monkeypatch):

@@ -271,7 +271,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, settings, message):
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
     store = make_store(tmp_path / "store")
     monkeypatch.setattr(Store, "tokens", lambda *_, **__: pytest.fail("a row was drawn"))
-    with pytest.raises(ValueError, match=r"lies in .*missing, which is not a folder: give the name of a file"):
+    with pytest.raises(ValueError, match=r"lies in .*missing, which is not a folder: give a path in a folder"):
         preview(store, tmp_path / "missing" / "p.html")
     with pytest.raises(ValueError, match="is a folder: give the name of a file"):
         preview(store, tmp_path)

@@ -120,6 +120,19 @@ def test_a_broken_gzip_file_is_refused(tmp_path):
         manifest_source(tmp_path / "m.jsonl.gz").scan(1)
 
 
+def test_a_split_that_training_never_draws_from_is_refused_unless_it_is_said_what_becomes_of_it(tmp_path):
+    names = ["train", "validation", "test", "dev-clean", None, "", "probe"]
+    path = write_manifest(tmp_path, [{"text": "a", "id": str(i), "split": name} for i, name in enumerate(names)])
+    message = r"m\w*.jsonl:4: split is 'dev-clean', which training never draws from; .*--split dev-clean=validation"
+    with pytest.raises(ValueError, match=message):
+        manifest_source(path).scan(1)
+    splits = {"dev-clean": "validation", "probe": "probe", "train": "test"}
+    rows = rows_of(manifest_source(path, splits=splits))
+    assert [row.split for row in rows] == ["test", "validation", "test", "validation", None, None, "probe"]
+    with pytest.raises(ValueError, match="splits makes 'a' 'valid': choose train, validation, test, or 'a' to keep it"):
+        manifest_source(path, splits={"a": "valid"}).scan(1)
+
+
 def test_named_columns_are_read_and_no_others(tmp_path):
     rows = [{"sentence": "one", "path": "a.wav", "client": 3}]
     path = write_manifest(tmp_path, rows)

@@ -126,5 +126,11 @@ def test_both_commands_print_and_say_what_is_wrong_in_one_line(tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "arXiv 2402.05755" in printed
     assert "90.0 ± 9.5" in printed
+    bracketed = save(tmp_path / "c", [1, 0], averages=(Average("[a] pairs", "[red]s"),))
+    for command in (["compare", str(bracketed), str(bracketed)], ["leaderboard", str(bracketed)]):
+        assert cli.main(command) == 0
+        printed = capsys.readouterr().out
+        assert "[a] pairs" in printed
+        assert "[red]s" in printed
     assert cli.main(["compare", str(a), str(tmp_path / "none")]) == 1
     assert "result.json cannot be read" in capsys.readouterr().err

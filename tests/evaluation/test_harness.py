@@ -1,9 +1,12 @@
 """Text tasks of the lm-evaluation-harness: its class beside ours, and reports before and after."""
 
+import hashlib
 import importlib
 import json
+import os
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -317,6 +320,39 @@ def test_what_is_kept_of_other_settings_or_documents_is_refused(evaluated, folde
             evaluate_text_tasks(folders, settings, output)
     finally:
         path.write_text(kept)
+
+
+def test_a_finished_task_whose_data_has_changed_is_refused(evaluated, folders, monkeypatch):
+    settings, output, _ = evaluated
+    monkeypatch.setattr(text_tasks, "_run", None)  # nothing is evaluated again
+    path = settings.include_path / "texts.jsonl"
+    before, status = path.read_bytes(), path.stat()
+    try:
+        path.write_bytes(before.replace(b"w", b"v", 1))
+        os.utime(path, (status.st_atime, status.st_mtime))
+        with pytest.raises(ValueError, match=r"other data of texts \(test 0: texts.jsonl was \w+, is \w+\): give"):
+            evaluate_text_tasks(folders, settings, output)
+        path.write_bytes(before)  # of another time: what is read counts, and nothing else
+        assert evaluate_text_tasks(folders, settings, output) == evaluated[2]
+    finally:
+        path.write_bytes(before)
+
+
+def test_the_data_of_a_task_is_its_files_or_a_revision_of_the_hub(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"a": 1}\n')
+    source = {"path": "json", "data_files": {"test": str(file)}}
+    expected = {"test 0: a.jsonl": hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert text_tasks._identity_of_data(source) == expected
+    assert text_tasks._source({"dataset_path": "a", "dataset_kwargs": {"revision": "b", "num_proc": 2}}) == {
+        "path": "a",
+        "name": None,
+        "revision": "b",
+    }
+    assert text_tasks._source({"dataset_path": "a", "custom_dataset": "def f(): …"}) is None
+    of_hub = SimpleNamespace(repo_id="a/b", hash="c" * 40)
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda path, name: of_hub)
+    assert text_tasks._identity_of_data({"path": "a/b", "name": None}) == {"revision": "c" * 40}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from smoltolk.experiments.lanes import Lane, Lanes, progress_bar, run_lanes
+from smoltolk.experiments.lanes import Lane, Lanes, lane_bars, run_lanes
 
 
 def work(seconds, progress):
@@ -28,7 +28,7 @@ def test_lanes_log_what_they_print_and_a_failed_one_names_its_log(tmp_path):
 
 def stop_while_a_lane_runs(tmp_path, is_begun):
     started = time.monotonic()
-    with progress_bar() as bar, Lanes(bar) as lanes:
+    with lane_bars() as bar, Lanes(bar) as lanes:
         lanes.start("long", Lane(work, (600.0,), 1), tmp_path / "log")
         while is_begun and not ((tmp_path / "log").exists() and time.monotonic() - started > 4):
             time.sleep(0.1)

@@ -1,13 +1,21 @@
 import errno
 import io
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from smoltolk.speech.audio import AudioError, load_audio, load_native_audio, save_wav, write_atomically
+from smoltolk.speech.audio import (
+    AudioError,
+    check_output,
+    load_audio,
+    load_native_audio,
+    save_wav,
+    write_atomically,
+)
 
 RATE_HZ = 16_000
 
@@ -217,3 +225,24 @@ def test_audio_can_keep_its_own_sampling_rate() -> None:
     np.testing.assert_allclose(audio, tone(rate_hz=11_000), atol=1e-4)
     with pytest.raises(AudioError, match="is silent"):
         load_native_audio(encoded(np.zeros(8000)))
+
+
+def test_an_output_that_cannot_be_written_is_said_and_looking_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_output(tmp_path / "page.html")
+    check_output(tmp_path / "a" / "b", is_folder=True)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    check_output(tmp_path / "file")
+    check_output(tmp_path, is_folder=True)
+    with pytest.raises(ValueError, match="file is a file: give the name of a folder"):
+        check_output(tmp_path / "file", is_folder=True)
+
+    def refuse(dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    for path, is_folder in ((tmp_path / "page.html", False), (tmp_path / "a" / "b", True)):
+        with pytest.raises(ValueError, match=rf"output {path} cannot be written, {tmp_path} takes no .*Read-only"):
+            check_output(path, is_folder=is_folder)

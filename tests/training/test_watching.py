@@ -142,7 +142,7 @@ def test_the_bar_says_stage_losses_speed_and_time():
 
 def test_the_bar_is_shown_with_what_is_left(tiny_world, tmp_path, capsys):
     Trainer(make_recipe(tiny_recipe(tiny_world, tmp_path, peak_tflops=0.1))).run()
-    last = " ".join(capsys.readouterr().out.split())  # a narrow terminal wraps it
+    last = " ".join(capsys.readouterr().err.split())  # a narrow terminal wraps it
     assert all(part in last for part in ("9/9", "stage 2", "tokens/s", "% MFU", "0:00:00 left"))
 
 

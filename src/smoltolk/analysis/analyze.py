@@ -3,13 +3,12 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
 from smoltolk.analysis.abstraction import NUM_FOLDS, dimension_curve, probe_curve
 from smoltolk.analysis.layer_weights import layer_weights
@@ -26,6 +25,7 @@ from smoltolk.model.fingerprint import checkpoint_fingerprint
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import write_atomically
 from smoltolk.speech.neural import check_device
+from smoltolk.terminal import progress_bar
 
 VERSION = 1  # of what is computed: kept results of another one are computed again
 MODALITIES = {"speech": True, "text": False}
@@ -276,8 +276,7 @@ def compare(
     kept.mkdir(parents=True, exist_ok=True)
     by_name: dict[str, list[Subject]] = {}
     found: dict[str, list[ModelAnalysis]] = {}
-    bar: AbstractContextManager[Any] = Progress() if progress else nullcontext()
-    with bar:
+    with progress_bar(TaskProgressColumn(), TimeRemainingColumn(), disable=not progress) as bar:
         for subject in subjects:
             path = kept / f"{key_of(subject, settings)}.json"
             if path.is_file():

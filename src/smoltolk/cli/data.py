@@ -23,7 +23,10 @@ def _add_prepare(commands: Any) -> None:
     prepare.add_argument("--speech-tokenizer", type=Path, help="folder of the speech tokenizer; for audio")
     prepare.add_argument("--text-tokenizer", help="folder or name of the text LM's tokenizer; for text")
     prepare.add_argument(
-        "--columns", nargs="+", type=_column, metavar="OURS=THEIRS", help="columns to read, such as text=sentence"
+        "--columns", nargs="+", type=_pair, metavar="OURS=THEIRS", help="columns to read, such as text=sentence"
+    )
+    prepare.add_argument(
+        "--split", nargs="+", type=_pair, metavar="THEIRS=OURS", help="what splits become, such as dev=validation"
     )
     prepare.add_argument("--audio-folder", type=Path, help="folder with all audio; default: where the manifest is")
     prepare.add_argument("--validation-share", type=float, default=0.0, help="share of rows for validation")
@@ -44,11 +47,11 @@ def _add_prepare(commands: Any) -> None:
     prepare.set_defaults(run=_prepare)
 
 
-def _column(text: str) -> tuple[str, str]:
-    ours, separator, theirs = text.partition("=")
-    if not (ours and separator and theirs):
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form text=sentence")
-    return ours, theirs
+    return name, value
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -68,6 +71,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
     if len(dict(options.columns or ())) < len(options.columns or ()):
         raise ValueError(f"--columns names one of our columns twice: {' '.join('='.join(c) for c in options.columns)}")
+    if len(dict(options.split or ())) < len(options.split or ()):
+        raise ValueError(f"--split names one of their splits twice: {' '.join('='.join(s) for s in options.split)}")
     if (options.output / MANIFEST).exists():
         print(f"{options.output} was finished before, and rows in quarantine stay there: delete it to prepare it again")
     optional = {"rows_per_shard": options.rows_per_shard, "batch_s": options.batch_seconds}
@@ -76,6 +81,7 @@ def _prepare(options: argparse.Namespace) -> None:
             options.source,
             columns=None if options.columns is None else dict(options.columns),
             audio_folder=options.audio_folder,
+            splits=None if options.split is None else dict(options.split),
         ),
         options.output,
         speech_tokenizer=None if options.speech_tokenizer is None else load_speech_tokenizer(options.speech_tokenizer),

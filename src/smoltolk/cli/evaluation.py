@@ -5,11 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from smoltolk.cli.tables import print_wide
+from smoltolk.terminal import error_console, print_table, progress_bar
 
 
 def add_commands(commands: Any) -> None:
@@ -119,8 +117,6 @@ def add_commands(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from rich.progress import Progress
-
     from smoltolk.evaluation.benchmarks.reading import open_benchmark
     from smoltolk.evaluation.pairs import score_task
     from smoltolk.evaluation.protocols import CONTINUATION, find_protocol
@@ -129,7 +125,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from smoltolk.evaluation.tasks import cloze_task, load_cloze
     from smoltolk.generation.pipeline import SmolTolkPipeline
     from smoltolk.model.fingerprint import checkpoint_fingerprint
+    from smoltolk.speech.audio import check_output
 
+    check_output(options.output, is_folder=True)
     named = None if options.protocol is None else find_protocol(options.protocol)
     prefix = {"num_prefix_tokens": options.prefix_tokens, "prefix_seed": options.prefix_seed}
     settings = ScoringSettings(
@@ -147,7 +145,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ValueError(f"--{key} is {value}, but {options.items} is no folder of a benchmark: leave it out")
     pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
     checkpoint = checkpoint_fingerprint(options.model)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress_bar(transient=True) as bar:
         files = None if benchmark is None else len(benchmark.audio_files())
         encoding = bar.add_task("audio files tokenized", total=files, visible=False)  # until there is one
 
@@ -180,7 +178,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     for group, names in result.summary().items():
         for name, accuracy in names.items():
             table.add_row(group, name, *cells(accuracy))
-    Console().print(table)
+    print_table(table)
     if result.num_truncated:
         print(f"{result.num_truncated} of {len(result.table)} prompts were cut")
     if benchmark is not None and (submission := benchmark.write_submission(options.output / "submission", result)):
@@ -191,7 +189,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _analyze(options: argparse.Namespace) -> None:
     from smoltolk.analysis.analyze import AnalysisSettings, Subject, compare
     from smoltolk.analysis.page import write_page
+    from smoltolk.pages import check_page
 
+    check_page(options.output)
     settings = AnalysisSettings(
         utterances=options.utterances,
         words_per_piece=options.words_per_piece,
@@ -227,16 +227,19 @@ def _text_tasks(options: argparse.Namespace) -> None:
             batch_size=options.batch_size, max_batch_tokens=options.max_batch_tokens, autocast=options.autocast
         ),
     )
-    console = Console(stderr=True)
     changes = evaluate_text_tasks(
-        [options.before, *options.after], settings, options.output, device=options.device, progress=console.print
+        [options.before, *options.after],
+        settings,
+        options.output,
+        device=options.device,
+        progress=error_console().print,
     )
     for model in options.after:
         table = Table(*COLUMNS, title=f"{options.before} → {model}")
         for change in changes:
             if change.model == str(model):
                 table.add_row(*cells(change))
-        print_wide(table)
+        print_table(table)
     print(options.output / MARKDOWN_FILE)
 
 
@@ -258,7 +261,7 @@ def _compare(options: argparse.Namespace) -> None:
         table.add_row(
             d.group, d.name, str(d.num_items), str(d.num_couples), *shares, interval, f"{d.p_value:.2g}", d.test
         )
-    print_wide(table)
+    print_table(table)
     for note in comparison.notes:
         print(f"note: {note}")
 
@@ -271,14 +274,14 @@ def _leaderboard(options: argparse.Namespace) -> None:
     for row in board.rows:
         scores = [row.scores.get(column, UNKNOWN) for column in board.columns]
         table.add_row(row.model, row.size, row.tokens, *scores, row.protocol, row.source)
-    print_wide(table)
+    print_table(table)
     if board.others:
         more = Table(
             "result", "task", "group", "name", "n", "accuracy %", "protocol", title="without a published number"
         )
         for cells in board.others:
             more.add_row(*cells)
-        print_wide(more)
+        print_table(more)
 
 
 def _evaluate_generation(options: argparse.Namespace) -> None:
@@ -286,14 +289,16 @@ def _evaluate_generation(options: argparse.Namespace) -> None:
     from smoltolk.generation.pipeline import SmolTolkPipeline
     from smoltolk.model.fingerprint import checkpoint_fingerprint
     from smoltolk.speech.asr import Transcriber
+    from smoltolk.speech.audio import check_output
 
+    check_output(options.output, is_folder=True)
     names = ("to", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "samples")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     if options.language is not None and options.asr is None:
         raise ValueError(f"language is {options.language!r}, but there is no recogniser: give --asr, or leave it out")
     pipeline = SmolTolkPipeline.from_pretrained(options.model, device=options.device)
     prompts = load_prompts(options.prompts, pipeline.speech_tokenizer, modality=options.modality)
-    with Progress(console=Console(stderr=True)) as bars:
+    with progress_bar() as bars:
         task = bars.add_task("continue prompts", total=len(prompts) * sampling.samples)
         result = evaluate_generation(
             pipeline,
@@ -311,7 +316,7 @@ def _evaluate_generation(options: argparse.Namespace) -> None:
             },
             progress=lambda done: bars.advance(task, done),
         )
-    Console().print(_generation_table(result))
+    print_table(_generation_table(result))
     print(options.output / "result.json")
 
 

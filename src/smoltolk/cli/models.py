@@ -72,15 +72,16 @@ class _PromptPart(argparse.Action):
 
 def _generate(options: argparse.Namespace) -> None:
     from smoltolk.generation.pipeline import SmolTolkPipeline
+    from smoltolk.speech.audio import check_output
 
     if options.to == "speech" and options.output is None:
         raise ValueError("--to speech needs --output, the WAV file to write")
     if options.to == "text" and options.output is not None:
         raise ValueError(f"--output is {options.output}, but --to text prints the text: leave --output out")
-    if options.output is not None and options.output.suffix.lower() != ".wav":
-        raise ValueError(f"--output is {options.output}, but what is written is WAV: give a name that ends in .wav")
-    if options.output is not None and not options.output.parent.is_dir():
-        raise ValueError(f"--output is {options.output}, but there is no folder {options.output.parent}: make it first")
+    if options.output is not None:
+        if options.output.suffix.lower() != ".wav":
+            raise ValueError(f"--output is {options.output}, but what is written is WAV: give a name that ends in .wav")
+        check_output(options.output)
     pipeline = SmolTolkPipeline.from_pretrained(
         options.model, options.device, speech_tokenizer=options.speech_tokenizer, vocoder=options.vocoder
     )

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smoltolk.terminal import progress_bar
+
 if TYPE_CHECKING:
     from smoltolk.speech.units import SpeechTokenizer
 
@@ -64,9 +66,6 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _fit_tokenizer(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.progress import track
-
     from smoltolk.data.recordings import stream_usable
     from smoltolk.data.sources import audio_files
     from smoltolk.model.export import new_folder
@@ -75,8 +74,9 @@ def _fit_tokenizer(options: argparse.Namespace) -> None:
     left_out = _LeftOut(len(paths))
 
     def audios(sample_rate_hz: int) -> Any:
-        tracked = track(paths, "frames", console=Console(stderr=True), transient=True)
-        yield from stream_usable(tracked, sample_rate_hz=sample_rate_hz, on_failure=left_out.add)
+        with progress_bar(transient=True) as bar:
+            tracked = bar.track(paths, description="frames")
+            yield from stream_usable(tracked, sample_rate_hz=sample_rate_hz, on_failure=left_out.add)
 
     tokenizer: SpeechTokenizer
     num_units = options.num_units

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from smoltolk.terminal import print_table
 
 
 def add_commands(commands: Any) -> None:
@@ -93,14 +93,13 @@ def _check(options: argparse.Namespace) -> None:
         table = Table("over rows", "1 %", "50 %", "99 %")
         for name, spread in report.spreads.items():
             table.add_row(name, *(f"{value:.2f}" for value in (spread.low, spread.median, spread.high)))
-        console = Console()
-        console.print(table)
+        print_table(table)
         table = Table("", "found", "times", "such as", "what to do")
         for found in report.findings:
             cells = (found.kind, str(found.count), "\n".join(found.examples), found.remedy)
-            table.add_row("fault" if found.is_fault else "note", *map(escape, cells))
+            table.add_row("fault" if found.is_fault else "note", *cells)
         if report.findings:
-            console.print(table)
+            print_table(table)
     faults = [found.kind for found in report.findings if found.is_fault]
     if faults:
         raise ValueError(f"{options.store} has faults: {', '.join(faults)}")

@@ -4,11 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from smoltolk.cli.tables import print_wide
+from smoltolk.terminal import print_table
 
 
 def add_commands(commands: Any) -> None:
@@ -69,7 +67,7 @@ def _ablate(options: argparse.Namespace) -> None:
         run_ablation(ablation, options.output, jobs=options.jobs)
     path, tables = write_tables(ablation, options.output)
     for table in tables:
-        print_wide(table)
+        print_table(table)
     print(path)
 
 
@@ -82,13 +80,15 @@ def _report(options: argparse.Namespace) -> None:
 def _scaling(options: argparse.Namespace) -> None:
     from smoltolk.experiments.scaling import compare_scaling
     from smoltolk.experiments.scaling_page import tables, write_page
+    from smoltolk.pages import check_page
 
+    check_page(options.output)
     scaling = compare_scaling(options.runs)
     for found in tables(scaling):
-        table = Table(*map(escape, found.columns), title=found.caption)
+        table = Table(*found.columns, title=found.caption)
         for row in found.rows:
-            table.add_row(*map(escape, row))
-        print_wide(table)
+            table.add_row(*row)
+        print_table(table)
     for note in scaling.notes:
         print(f"note: {note}")
     print(write_page(scaling, options.output))
@@ -121,4 +121,4 @@ def _plan(options: argparse.Namespace) -> None:
         row = (f"{stage.trained:,}", f"{stage.frozen:,}", f"{stage.tokens_per_step:,}", f"{stage.steps:,}")
         more = (f"{stage.tokens:.3g}", f"{stage.flops:.3g}", f"{stage.memory_bytes / GIB:.1f}", f"{stage.hours:.2f}")
         table.add_row(str(number), *row, *more)
-    Console().print(table)
+    print_table(table)

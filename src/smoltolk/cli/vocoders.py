@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from smoltolk.terminal import progress_bar
 
 
 def add_commands(commands: Any) -> None:
@@ -70,7 +69,7 @@ def _fit_vocoder(options: argparse.Namespace) -> None:
     from smoltolk.speech.kinds import load_speech_tokenizer
 
     tokenizer = load_speech_tokenizer(options.tokenizer)
-    with new_folder(options.output) as folder, _progress() as bars:
+    with new_folder(options.output) as folder, progress_bar() as bars:
         encoding = bars.add_task("encode, s of audio", total=60 * options.max_minutes)
         training = bars.add_task("train, steps", total=options.steps)
         fitted = fit_mel_vocoder(
@@ -125,7 +124,7 @@ def _make_mimi_vocoder(options: argparse.Namespace) -> None:
 def _resynthesize(options: argparse.Namespace) -> None:
     from smoltolk.data.recordings import find_recordings
     from smoltolk.speech.asr import Transcriber
-    from smoltolk.speech.audio import write_atomically
+    from smoltolk.speech.audio import check_output, write_atomically
     from smoltolk.speech.kinds import load_speech_tokenizer, load_vocoder
     from smoltolk.speech.resynthesis import resynthesize_files
 
@@ -144,8 +143,9 @@ def _resynthesize(options: argparse.Namespace) -> None:
         raise ValueError(f"text is {options.text}: it is for a single recording; give texts beside the files")
     if options.language is not None and options.asr is None:
         raise ValueError(f"language is {options.language!r}, but there is no recogniser: give --asr, or leave it out")
+    check_output(folder, is_folder=True)
     tokenizer = load_speech_tokenizer(options.tokenizer)
-    with _progress() as bars:
+    with progress_bar() as bars:
         task = bars.add_task("resynthesize, files", total=len(recordings))
         results = resynthesize_files(
             recordings,
@@ -163,9 +163,3 @@ def _resynthesize(options: argparse.Namespace) -> None:
         counts = {"files": len(results["files"]), "failed": len(results["failed"]), "written": str(written)}
         results |= counts
     print(json.dumps(results, indent=2, ensure_ascii=False))
-
-
-def _progress() -> Progress:
-    """A bar on the error output, so that what a command prints can be read by programs."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))

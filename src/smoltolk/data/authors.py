@@ -45,7 +45,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from smoltolk.data.store import ROWS_PER_SHARD, StoreWriter
@@ -53,6 +52,7 @@ from smoltolk.data.text import decode_tokens, encode_words, tokenizer_fingerprin
 from smoltolk.data.utterance import Utterance
 from smoltolk.data.work_folder import QUARANTINE
 from smoltolk.speech.units import Units
+from smoltolk.terminal import progress_bar
 
 SPLITS = {"train": "train", "large": "train", "val": "validation", "dev-clean": "validation", "dev-other": "validation"}
 """What the authors train and validate on, by the names of their files."""
@@ -155,9 +155,8 @@ def import_authors(
     counts: Counter[str] = Counter()
     quarantined = unaligned = 0
     aside = output / f".{QUARANTINE}.{os.getpid()}.part"
-    columns = (TextColumn("import"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, disable=not progress) as bar,
+        progress_bar(disable=not progress) as bar,
         StoreWriter(
             output,
             text_tokenizer_fingerprint=None if text is None else tokenizer_fingerprint(text.tokenizer),

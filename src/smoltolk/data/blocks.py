@@ -36,11 +36,13 @@ class Block:
         utterances: those that could be used, in order.
         quarantined: id, source and reason of the others, in order.
         confidences: of the alignments that were made.
+        files: the files that were read, by the source's names of them, each with its `file_state` before.
     """
 
     utterances: list[Utterance]
     quarantined: list[dict[str, str]]
     confidences: list[float]
+    files: dict[str, tuple[int, int] | None]
 
 
 @dataclass
@@ -90,8 +92,12 @@ class Preparer:
         """Prepare the rows of one block; holds the audio of one batch at a time."""
         done: list[_Work] = []
         batch: list[_Work] = []
+        files: dict[str, tuple[int, int] | None] = {}
         num_samples = 0
         for row in rows:
+            for name in files_of(row):
+                if name not in files:  # an archive, or a recording of many utterances
+                    files[name] = file_state((self.audio_folder or Path()) / name)
             work = self._read(row)
             batch.append(work)
             num_samples += 0 if work.audio is None else len(work.audio)
@@ -109,6 +115,7 @@ class Preparer:
                 if work.error is not None
             ],
             [work.confidence for work in done if work.utterance is not None and work.confidence is not None],
+            files,
         )
 
     def _read(self, row: SourceRow) -> _Work:
@@ -201,6 +208,20 @@ class Preparer:
             if len(audios) == 1:
                 return [error]
         return [units for work in spoken for units in self._units([work])]  # one of them is bad: each by itself
+
+
+def files_of(row: SourceRow) -> list[str]:
+    """The files that a row is in, as its source names them; none where it brings its bytes along."""
+    return [name for name in (row.audio, row.alignment) if isinstance(name, str)]
+
+
+def file_state(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change in ns, by which a change is noticed; None if there is no such file."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # the second of a name that no file can have
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def with_word_times(row: SourceRow, audio_folder: Path | None) -> SourceRow:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from smoltolk.data.shard import SHARD_SCHEMA, RowGroup, Tokens, tokens_of
+from smoltolk.data.sources import SPLITS
 from smoltolk.data.store import MANIFEST, Shard
 from smoltolk.data.text import decode_tokens, encode_words, tokenizer_fingerprint
 from smoltolk.data.utterance import (
@@ -36,6 +37,7 @@ from smoltolk.data.utterance import (
     word_units,
 )
 from smoltolk.data.work_folder import BLOCKS, QUARANTINE, SETTINGS
+from smoltolk.terminal import progress_bar
 
 PREPARE_AGAIN = "prepare the store again"
 COPY_AGAIN = "copy it again, or prepare the store again"
@@ -162,8 +164,7 @@ def check_store(
     check = _Check(path, text_tokenizer, limits or Limits())
     check.folder()
     total_bytes = sum((path / shard.file).stat().st_size for shard in check.shards if (path / shard.file).is_file())
-    columns = (TextColumn("check"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
+    with progress_bar(TaskProgressColumn(), TimeRemainingColumn(), disable=not progress) as bar:
         task = bar.add_task("check", total=total_bytes)
         for shard in check.shards:
             check.shard(shard)
@@ -490,6 +491,9 @@ class _Check:
                 self._note(
                     f"no rows in the split {split!r}", ", ".join(map(repr, self._splits)), "give rows that split"
                 )
+        if others := sorted(self._splits.keys() - {"", *SPLITS}):
+            counts = ", ".join(f"{split!r}: {self._splits[split]} rows" for split in others)
+            self._note("splits that training never draws from", counts, "prepare with --split NAME=validation")
         if self._splits[""]:
             self._note(
                 "rows without a split", f"{self._splits['']} of {self._rows}", "give them one: they are never drawn"

@@ -43,7 +43,11 @@ HUB_CORPORA: dict[str, tuple[str, str | None, Mapping[str, str]]] = {
 
 
 def open_source(
-    name: str | Path, *, columns: Mapping[str, str] | None = None, audio_folder: str | Path | None = None
+    name: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    audio_folder: str | Path | None = None,
+    splits: Mapping[str, str] | None = None,
 ) -> Source:
     """The source that a name stands for.
 
@@ -59,19 +63,22 @@ def open_source(
         name: as above.
         columns: names of our columns in a manifest or dataset; see `manifest_source` and `HubSource`.
         audio_folder: folder with the audio of a manifest or of Libriheavy, by default the one the file is in.
+        splits: what the splits that a manifest or dataset names become; see `mapped_split`.
 
     Raises:
-        ValueError: the name stands for nothing, or does not go with `columns` or `audio_folder`.
+        ValueError: the name stands for nothing, or does not go with `columns`, `audio_folder` or `splits`.
     """
     kind, separator, rest = str(name).partition(":")
     folder = None if audio_folder is None else Path(audio_folder)
     if kind in ("hf", "text", *HUB_CORPORA) and (separator or kind in HUB_CORPORA):
         if folder is not None:
             raise ValueError(f"{name} has no audio files of its own: leave out --audio-folder")
-        return _text_source(Path(rest), columns) if kind == "text" else _hub_source(kind, rest, columns)
+        return _text_source(Path(rest), columns, splits) if kind == "text" else _hub_source(kind, rest, columns, splits)
     if separator and kind in CORPORA:
         if columns is not None:
             raise ValueError(f"{kind} has columns of its own: leave out --columns")
+        if splits is not None:
+            raise ValueError(f"{kind} has splits of its own: leave out --split")
         if folder is not None and kind != "libriheavy":
             raise ValueError(f"the audio of {kind} is in its folder: leave out --audio-folder")
         return CORPORA[kind](Path(rest)) if folder is None else libriheavy(Path(rest), folder)
@@ -79,38 +86,44 @@ def open_source(
     if path.is_dir():
         if columns is not None or folder is not None:
             raise ValueError(f"{name} is a folder of audio: leave out --columns and --audio-folder")
+        if splits is not None:
+            raise ValueError(f"{name} is a folder of audio, which names no splits: leave out --split")
         return folder_source(path)
     if separator and not path.exists():
         known = ", ".join(f"{kind}:" for kind in (*CORPORA, "text", "hf", *HUB_CORPORA))
         raise ValueError(f"source {name} is neither a file nor a known corpus: known are {known}")
-    return manifest_source(path, columns=columns, audio_folder=folder)
+    return manifest_source(path, columns=columns, audio_folder=folder, splits=splits)
 
 
-def _hub_source(kind: str, rest: str, columns: Mapping[str, str] | None) -> HubSource:
+def _hub_source(kind: str, rest: str, columns: Mapping[str, str] | None, splits: Mapping[str, str] | None) -> HubSource:
     if kind == "hf":
         if Path(rest).exists():
-            return HubSource(rest, columns=columns)
+            return HubSource(rest, columns=columns, splits=splits)
         address, _, tail = rest.partition(":")
         config, _, split = tail.partition(":")
         address, _, revision = address.partition("@")
-        return HubSource(address, config or None, split or "train", revision=revision or None, columns=columns)
+        return HubSource(
+            address, config or None, split or "train", revision=revision or None, columns=columns, splits=splits
+        )
     address, config_name, known = HUB_CORPORA[kind]
     if rest:
-        return HubSource(rest, columns=columns or known)
+        return HubSource(rest, columns=columns or known, splits=splits)
     if not address:
         raise ValueError(f"{kind} is not whole on the hub: make the copy its card describes, and give {kind}:PATH")
-    return HubSource(address, config_name, columns=columns or known)
+    return HubSource(address, config_name, columns=columns or known, splits=splits)
 
 
-def _text_source(path: Path, columns: Mapping[str, str] | None) -> Source:
+def _text_source(path: Path, columns: Mapping[str, str] | None, splits: Mapping[str, str] | None) -> Source:
     columns = columns or {"text": "text"}
     name = path.name.removesuffix(".gz")
     if path.is_dir() or name.endswith(".parquet"):
-        return HubSource(str(path), columns=columns)
+        return HubSource(str(path), columns=columns, splits=splits)
     if name.endswith((".jsonl", ".csv")):
-        return manifest_source(path, columns=columns)
+        return manifest_source(path, columns=columns, splits=splits)
     if not name.endswith(".txt") or not path.is_file():
         raise ValueError(f"source text:{path} is of no known kind: give .txt, .jsonl, .csv, or Parquet files")
+    if splits is not None:
+        raise ValueError(f"{path} is plain text, which names no splits: leave out --split")
 
     def read() -> Iterator[SourceRow]:
         try:

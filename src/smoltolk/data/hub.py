@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smoltolk.data.sources import Piece, Scan, Source, SourceRow, checked_columns, walk
+from smoltolk.data.sources import (
+    Piece,
+    Scan,
+    Source,
+    SourceRow,
+    checked_columns,
+    checked_splits,
+    mapped_split,
+    walk,
+)
 
 COLUMNS = ("audio", "text", "id", "speaker", "split", "word_ends_s", "words")
 # Pieces are whole row groups, which differ in size: a tenth more of them keeps most within one shard.
@@ -41,16 +50,23 @@ class HubPiece:
         dataset: an iterable dataset of these rows alone.
         columns: what each of our columns is called in it.
         name: beginning of the ids.
+        splits: what the names in the column "split" become.
     """
 
     dataset: Any
     columns: Mapping[str, str]
     name: str
+    splits: Mapping[str, str] | None = None
 
     def rows(self) -> Iterator[SourceRow]:
-        """The rows."""
+        """The rows.
+
+        Raises:
+            ValueError: a row is of a split that `splits` does not have; see `mapped_split`.
+        """
         for number, fields in enumerate(self.dataset):
-            yield _row({ours: fields[theirs] for ours, theirs in self.columns.items()}, f"{self.name}-{number:06d}")
+            row = _row({ours: fields[theirs] for ours, theirs in self.columns.items()}, f"{self.name}-{number:06d}")
+            yield row._replace(split=mapped_split(row.split, self.splits, row.id))
 
 
 class HubSource(Source):
@@ -69,6 +85,8 @@ class HubSource(Source):
             file is read as "train" whatever its name.
         revision: revision on the hub, by default the newest; a preparation goes on only with the same.
         columns: what each of our columns is called in the dataset; by default those that have the same name.
+        splits: what the names in the column "split" become; see `mapped_split`. The first row of another one ends the
+            work: a stream cannot be searched for it before.
 
     Raises:
         ImportError: `datasets` is not installed.
@@ -82,8 +100,10 @@ class HubSource(Source):
         *,
         revision: str | None = None,
         columns: Mapping[str, str] | None = None,
+        splits: Mapping[str, str] | None = None,
     ) -> None:
         self.name = f"hf:{name}"
+        self._splits = checked_splits(splits)
         self._address, self._config, self._split, self._revision = name, config, split, revision
         self._wanted = None if columns is None else checked_columns(columns, COLUMNS)
 
@@ -110,6 +130,8 @@ class HubSource(Source):
                 f"{self.name} has {f'no column {missing[0]!r}' if missing else 'neither a column audio nor text'}, "
                 f"but {', '.join(features)}: say with --columns which ones to read"
             )
+        if self._splits and "split" not in self._columns:
+            raise ValueError(f"{self.name} has no column split to read, so splits have no effect: leave out --split")
         dataset = dataset.select_columns(list(dict.fromkeys(self._columns.values())))
         if "audio" in self._columns:
             from datasets import Audio
@@ -123,7 +145,7 @@ class HubSource(Source):
                 dataset = dataset.reshard()
             self._num_pieces = max(1, min(dataset.num_shards, wanted))
         self._dataset = dataset
-        described = json.dumps([identity, self._config, self._split, self._columns], sort_keys=True)
+        described = json.dumps([identity, self._config, self._split, self._columns, self._splits], sort_keys=True)
         return Scan(
             hashlib.sha256(described.encode()).hexdigest(),
             self._num_pieces,
@@ -136,7 +158,7 @@ class HubSource(Source):
         """Consecutive parts of the dataset, as `scan` has divided it."""
         for index in range(self._num_pieces):
             part = self._dataset.shard(num_shards=self._num_pieces, index=index, contiguous=True)
-            yield HubPiece(part, self._columns, f"{self._split}-{index:05d}")
+            yield HubPiece(part, self._columns, f"{self._split}-{index:05d}", self._splits)
 
     def _open(self) -> tuple[Any, Any, int | None]:
         """The dataset, what identifies its content, and its number of rows if that is known."""

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from smoltolk.data.blocks import BATCH_S, Preparer
@@ -25,7 +24,9 @@ from smoltolk.data.text import tokenizer_fingerprint
 from smoltolk.data.utterance import FORMAT_VERSION, StoreMetadata
 from smoltolk.data.work_folder import WorkFolder
 from smoltolk.speech.alignment import Aligner
+from smoltolk.speech.audio import check_output
 from smoltolk.speech.units import SpeechTokenizer
+from smoltolk.terminal import progress_bar
 
 _PIECES = 16  # at least, of sources that have as many rows
 
@@ -84,12 +85,13 @@ def prepare(
         The summary, or None when this part is done but others are not.
 
     Raises:
-        ValueError: the source cannot be read, a setting is out of range, a tokenizer is missing, or the
-            output was begun with other settings.
+        ValueError: the source cannot be read, a setting is out of range, a tokenizer is missing, the output was
+            begun with other settings, or a file has changed since its rows were prepared.
         OSError: the output cannot be written; names the path.
         ImportError: an extra is needed that is not installed.
     """
     _check_settings(validation_share, rows_per_shard, batch_s, workers, engine, gpus_per_worker, part)
+    check_output(Path(output), is_folder=True)
     source = source if isinstance(source, Source) else open_source(source)
     scan = source.scan(rows_per_shard or ROWS_PER_SHARD)
     if rows_per_shard is None:
@@ -142,6 +144,7 @@ def prepare(
                 return read_summary(folder.path)
             for other in join:
                 folder.take_over(Path(other))
+            folder.refuse_changed_files(range(part[0] - 1, scan.num_pieces, part[1]), source.audio_folder)
             _work(job, source, scan, workers, engine, gpus_per_worker, part, progress)
             if part[1] == 1:
                 return folder.finish(scan.num_pieces)
@@ -192,8 +195,7 @@ def _work(
     mine = {number for number in range(part[0] - 1, scan.num_pieces, part[1]) if not job.folder.is_done(number)}
     if not mine:
         return
-    columns = (TextColumn("prepare"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
+    with progress_bar(disable=not progress) as bar:
         total = None if scan.num_rows is None else round(scan.num_rows * len(mine) / scan.num_pieces)
         task = bar.add_task("prepare", total=total)
 

@@ -26,7 +26,7 @@ from smoltolk.data.store import Store
 from smoltolk.data.text import decode_tokens, tokenizer_fingerprint
 from smoltolk.data.utterance import Utterance
 from smoltolk.model.configuration_smoltolk import IdSpace
-from smoltolk.speech.audio import AudioError, load_audio, write_atomically
+from smoltolk.speech.audio import AudioError, check_output, load_audio, write_atomically
 from smoltolk.speech.vocoder import Vocoder
 
 MAX_AUDIO_BYTES = 24_000_000
@@ -143,9 +143,7 @@ def preview(
     if rows < 1:
         raise ValueError(f"rows is {rows}: give 1 or more")
     output = Path(output)
-    if output.is_dir() or not output.parent.is_dir():  # said before the work, not after it
-        fault = "is a folder" if output.is_dir() else f"lies in {output.parent}, which is not a folder"
-        raise ValueError(f"output {output} {fault}: give the name of a file in a folder that is there")
+    check_output(output)
     if text_tokenizer is not None:
         store.require(text_fingerprint=tokenizer_fingerprint(text_tokenizer))
     if vocoder is not None:

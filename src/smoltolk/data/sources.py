@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 
 STRING_COLUMNS = ("id", "audio", "text", "alignment", "speaker", "split")
+SPLITS = ("train", "validation", "test")  # training draws from the first two, and nothing from the third
 COLUMNS = (*STRING_COLUMNS, "word_ends_s", "start_s", "end_s")
 # Not all of them can be decoded: a recording of another kind is quarantined with its reason, not passed over.
 AUDIO_SUFFIXES = frozenset({
@@ -186,7 +187,11 @@ class RowSource(Source):
 
 
 def manifest_source(
-    path: Path, *, columns: Mapping[str, str] | None = None, audio_folder: Path | None = None
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    audio_folder: Path | None = None,
+    splits: Mapping[str, str] | None = None,
 ) -> RowSource:
     """A JSONL or CSV manifest, gzipped or not.
 
@@ -200,14 +205,17 @@ def manifest_source(
         columns: the manifest's names of our columns; then no other column is read. By default they are the
             same, and a column of another name is an error.
         audio_folder: the folder with the audio, where relative paths start; by default the manifest's.
+        splits: what a split of the manifest becomes, such as {"dev-clean": "validation"}; see `mapped_split`.
     """
     folder = audio_folder or path.parent
 
     def read() -> Iterator[SourceRow]:
         named = None if columns is None else checked_columns(columns)
+        checked_splits(splits)
         for line, fields in _numbered_lines(path):
             where = f"{path.name}:{line}"
-            yield _manifest_row(fields if named is None else _renamed(fields, named, where), where, folder)
+            row = _manifest_row(fields if named is None else _renamed(fields, named, where), where, folder)
+            yield row._replace(split=mapped_split(row.split, splits, where))
 
     return RowSource(str(path), read, folder)
 
@@ -222,6 +230,38 @@ def checked_columns(columns: Mapping[str, str], known: Iterable[str] = COLUMNS) 
         if ours not in known:
             raise ValueError(f"columns names {ours!r}: columns are {', '.join(known)}")
     return columns
+
+
+def checked_splits(splits: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """The mapping of splits, if all of them become one of `SPLITS`, or stay what they are.
+
+    Raises:
+        ValueError: one becomes something else.
+    """
+    for theirs, ours in (splits or {}).items():
+        if ours not in (*SPLITS, theirs):
+            raise ValueError(f"splits makes {theirs!r} {ours!r}: choose {', '.join(SPLITS)}, or {theirs!r} to keep it")
+    return splits
+
+
+def mapped_split(name: str | None, splits: Mapping[str, str] | None, where: str) -> str | None:
+    """The split of the store that a row is to be in, None to draw one.
+
+    Args:
+        name: what the source calls it.
+        splits: what its names become; those of `SPLITS` need no entry.
+        where: the row.
+
+    Raises:
+        ValueError: a name that training would never draw from, and that no entry has.
+    """
+    known = {split: split for split in SPLITS} | dict(splits or {})
+    if not name or name in known:
+        return known[name] if name else None
+    raise ValueError(
+        f"{where}: split is {name!r}, which training never draws from; it draws from train and validation, and leaves "
+        f"test alone: say what it becomes with --split {name}=validation, or keep it with --split {name}={name}"
+    )
 
 
 def folder_source(folder: Path) -> RowSource:

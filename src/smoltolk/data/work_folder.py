@@ -4,7 +4,7 @@ While the work goes on, the output folder holds
 
     prepare.json                      what is prepared with what: a later start must agree with it
     blocks/00012/shard-00000.parquet  the first block of piece 12
-    blocks/00012/00000.json           its record: hash, counts, what was quarantined
+    blocks/00012/00000.json           its record: hash, counts, what was quarantined, the files that were read
     blocks/00012/done.json            written last: how many blocks the piece has
 
 Every file is written aside and renamed, so each is whole or not there, and none depends on who wrote it or when. When
@@ -17,13 +17,14 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from smoltolk.data import store
-from smoltolk.data.blocks import Block
+from smoltolk.data.blocks import Block, file_state
 from smoltolk.data.store import MANIFEST, Shard, write_manifest, write_shard
 from smoltolk.data.summary import SUMMARY, PrepareSummary, count_block, summarize
 from smoltolk.data.utterance import StoreMetadata
@@ -109,8 +110,41 @@ class WorkFolder:
                 target = self._piece(number)
                 target.mkdir(parents=True, exist_ok=True)
                 for file in sorted(done.parent.iterdir(), key=lambda file: file.name == _DONE):  # done.json last
-                    if not file.name.startswith("."):
+                    if file.suffix == ".json" and file.name != _DONE:  # their files are another machine's
+                        _write_json(target / file.name, json.loads(file.read_bytes()) | {"files": {}})
+                    elif not file.name.startswith("."):
                         write_atomically(target / file.name, file.read_bytes())
+
+    def refuse_changed_files(self, numbers: Iterable[int], audio_folder: Path | None) -> None:
+        """Look whether the files of what is finished are still the ones that were read.
+
+        A look at each costs some microseconds. Files that are gone are no fault: what was made of them is kept.
+
+        Args:
+            numbers: the pieces to look at.
+            audio_folder: where relative paths start.
+
+        Raises:
+            ValueError: files have changed, or have come, since their rows were prepared; names one.
+        """
+        if (self.path / BLOCKS / _MOVING).exists():
+            return  # all is done
+        changed: dict[str, tuple[Any, Any]] = {}
+        folders: dict[str, None] = {}
+        for number in numbers:
+            for record in sorted(self._piece(number).glob("[0-9]*.json")):
+                for name, was in json.loads(record.read_bytes()).get("files", {}).items():
+                    now = file_state((audio_folder or Path()) / name)
+                    if now is not None and (was is None or tuple(was) != now):
+                        changed[name] = was, now
+                        folders[str(record.parent)] = None
+        if changed:
+            name, (was, now) = next(iter(changed.items()))
+            others = f" and {len(changed) - 1} other files have" if len(changed) > 1 else " has"
+            raise ValueError(
+                f"{name}{others} changed since rows were made of it (it was {_described(was)}, is {_described(now)}): "
+                f"put back what was there, or delete {', '.join(folders)}: the rows of such a folder are prepared again"
+            )
 
     def is_done(self, number: int) -> bool:
         """Whether all blocks of a piece are there."""
@@ -137,7 +171,8 @@ class WorkFolder:
         folder.mkdir(parents=True, exist_ok=True)
         shard = write_shard(folder, block, content.utterances, metadata)
         counts = count_block(content.utterances, content.confidences)
-        _write_json(self._record(number, block), {"shard": asdict(shard), **counts, "quarantined": content.quarantined})
+        about = {"quarantined": content.quarantined, "files": content.files}
+        _write_json(self._record(number, block), {"shard": asdict(shard), **counts, **about})
 
     def finish_piece(self, number: int, num_blocks: int) -> None:
         """Note that a piece has so many blocks, all of which are there."""
@@ -202,6 +237,12 @@ def _refuse_others(begun: dict[str, Any], settings: dict[str, Any], name: str) -
         raise ValueError(
             f"{name} was begun with other settings ({changes}): use the same ones, delete it, or choose another folder"
         )
+
+
+def _described(state: Sequence[int] | None) -> str:
+    if state is None:
+        return "not there"
+    return f"{state[0]} bytes of {datetime.fromtimestamp(state[1] / 1e9, UTC):%Y-%m-%d %H:%M:%S.%f} UTC"
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

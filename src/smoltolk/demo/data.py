@@ -26,7 +26,7 @@ from smoltolk.demo.speech import (
 )
 from smoltolk.demo.world import CLOZE_KINDS, ClozeItem, World, build_text_tokenizer
 from smoltolk.evaluation.tasks import save_cloze
-from smoltolk.experiments.lanes import Lane, progress_bar, run_lanes
+from smoltolk.experiments.lanes import Lane, lane_bars, run_lanes
 from smoltolk.speech.audio import write_atomically
 from smoltolk.speech.mel import MelTokenizer
 
@@ -104,9 +104,9 @@ class Steps:
         path = self.folder / "steps" / f"{name}.json"
         if path.exists():
             self.records[name] = json.loads(path.read_text(encoding="utf-8"))
-            self.console.print(f"[dim]{title}: done before[/dim]")
+            self.console.print(f"{title}: done before", style="dim")
             return self.records[name]
-        self.console.print(f"[bold]{title}[/bold]")
+        self.console.print(title, style="bold")
         started = time.perf_counter()
         record = function() or {}
         record = {"title": title, "seconds": time.perf_counter() - started, **record}
@@ -211,7 +211,7 @@ def _make_stores(miniature: Miniature) -> dict[str, Any]:
     for store in (miniature.speech_store, miniature.text_store):
         shutil.rmtree(store, ignore_errors=True)
     tokenizer, text_tokenizer = MelTokenizer.load(miniature.speech_tokenizer), _text_tokenizer(miniature)
-    with progress_bar() as bar:
+    with lane_bars() as bar:
         task = bar.add_task("stories spoken", total=len(spoken))
         made = speak_units(spoken, miniature.speech_tokenizer, WORKERS, lambda done: bar.advance(task, done))
     num_validation = max(1, len(spoken) // 20)

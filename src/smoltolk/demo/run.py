@@ -30,6 +30,7 @@ from smoltolk.model.fingerprint import checkpoint_fingerprint
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
 from smoltolk.speech.audio import save_wav, write_atomically
 from smoltolk.speech.neural import check_device
+from smoltolk.terminal import print_table
 from smoltolk.training.config import load_recipe, make_recipe
 from smoltolk.training.trainer import Trainer
 
@@ -106,7 +107,7 @@ def run_demo(output: Path, *, seeds: int = 1, quick: bool = False) -> Path:
     settings, console = _start(output, seeds, QUICK if quick else DemoSettings())
     results = [_run_seed(output / f"seed-{seed}", seed, settings, console) for seed in range(seeds)]
     path = report.write_report(output, results, asdict(settings))
-    console.print(report.results_table(results))
+    print_table(report.results_table(results))
     return path
 
 
@@ -115,7 +116,7 @@ def _start(output: Path, seeds: int, settings: DemoSettings) -> tuple[DemoSettin
         raise ValueError(f"seeds is {seeds}: give 1 or more")
     output.mkdir(parents=True, exist_ok=True)
     _agree_on_settings(output, settings)
-    return settings, Console()
+    return settings, Console(markup=False, emoji=False)
 
 
 def _agree_on_settings(output: Path, settings: DemoSettings) -> None:
@@ -128,7 +129,7 @@ def _agree_on_settings(output: Path, settings: DemoSettings) -> None:
 
 def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console) -> dict[str, Any]:
     """All steps of one seed; returns what the report needs."""
-    console.print(f"[bold]seed {seed}[/bold] in {folder}")
+    console.print(f"seed {seed} in {folder}", style="bold")
     folder.mkdir(parents=True, exist_ok=True)
     steps, miniature = Steps(folder, console), Miniature(folder, seed, settings.data)
 
@@ -182,7 +183,7 @@ def make_ablation_data(
     settings, console = _start(output, seeds, settings)
     for seed in range(seeds):
         folder = output / f"seed-{seed}"
-        console.print(f"[bold]seed {seed}[/bold] in {folder}")
+        console.print(f"seed {seed} in {folder}", style="bold")
         folder.mkdir(parents=True, exist_ok=True)
         make_data(Miniature(folder, seed, settings.data), Steps(folder, console))
     path = output / "ablation.yaml"

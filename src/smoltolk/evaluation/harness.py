@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -25,6 +23,7 @@ from smoltolk.evaluation.scoring import ScoringSettings, score_with_greedy
 from smoltolk.generation.sampling import continue_ids
 from smoltolk.model.fingerprint import checkpoint_fingerprint
 from smoltolk.model.modeling_smoltolk import SmolTolkForCausalLM
+from smoltolk.terminal import progress_bar
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -167,7 +166,7 @@ class SmolTolkLM(TemplateLM):
         self._warn_of_cuts(before, len(requests))
         answers: list[tuple[float, bool]] = []
         size = self.settings.chunk_items
-        with Progress(console=Console(stderr=True), transient=True, disable=disable_tqdm) as bar:
+        with progress_bar(transient=True, disable=disable_tqdm) as bar:
             task = bar.add_task("sequences scored", total=len(candidates))
             for start in range(0, len(candidates), size):
                 scores, is_greedy = score_with_greedy(
@@ -218,7 +217,7 @@ class SmolTolkLM(TemplateLM):
         self._warn_of_cuts(before, len(requests))
         answers = [""] * len(requests)
         order = sorted(range(len(prompts)), key=lambda i: (repr(prompts[i].how), len(prompts[i].ids)))
-        with Progress(console=Console(stderr=True), transient=True, disable=disable_tqdm) as bar:
+        with progress_bar(transient=True, disable=disable_tqdm) as bar:
             task = bar.add_task("texts continued", total=len(prompts))
             for how, members in groupby(order, key=lambda i: prompts[i].how):
                 for batch in _batches(list(members), self.settings.batch_size):

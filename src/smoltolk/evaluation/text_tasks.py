@@ -18,11 +18,15 @@ from smoltolk.evaluation.comparison import paired_test
 from smoltolk.evaluation.results import NUM_BOOTSTRAP, first_difference
 from smoltolk.evaluation.scoring import ScoringSettings
 from smoltolk.model.fingerprint import checkpoint_fingerprint
-from smoltolk.speech.audio import write_atomically
+from smoltolk.speech.audio import check_output, write_atomically
 
 JSON_FILE, MARKDOWN_FILE = "text-tasks.json", "text-tasks.md"
 PARTS_FOLDER = "tasks"
 UNKNOWN = "–"
+# Arguments of `load_dataset` that say how, not what; `load_dataset_builder` does not take them.
+_LOADING = frozenset({
+    "keep_in_memory", "num_proc", "save_infos", "split", "streaming", "trust_remote_code", "verification_mode",
+})  # fmt: skip
 # How a metric comes from the ratio of two sums over documents, and the slope of that, for its standard error.
 AGGREGATES: dict[str, tuple[Callable[[Any], Any], Callable[[float], float]]] = {
     "mean": (lambda ratio: ratio, lambda ratio: 1.0),
@@ -178,17 +182,20 @@ def evaluate_text_tasks(
 
     Raises:
         ImportError: the harness is not installed.
-        ValueError: there is nothing to compare, a model or a task is not there, or what is kept is of other settings.
+        ValueError: there is nothing to compare, a model or a task is not there, or what is kept is of other settings or
+            of data that has changed since.
         OSError: a task's data cannot be read.
     """
     if len(models) < 2 or len(set(models)) < len(models):
         raise ValueError(
             f"models is {', '.join(map(str, models))}: give that before training, at least one after it, and each once"
         )
+    check_output(output, is_folder=True)
     from smoltolk.evaluation.harness import SmolTolkLM  # says which extra is missing
 
     identities = [_identity(folder) for folder in models]
     manager = None
+    data = _Data()
     parts: list[list[dict[str, Any]]] = []
     for folder, checkpoint in zip(models, identities, strict=True):
         lm = None
@@ -197,7 +204,7 @@ def evaluate_text_tasks(
             path = output / PARTS_FOLDER / checkpoint[:16] / f"{re.sub(r'[^A-Za-z0-9._-]', '_', task)}.json"
             record = {"task": task, "checkpoint": checkpoint, **settings.record()}
             if path.is_file():
-                parts[-1].append(_read(path, record))
+                parts[-1].append(_read(path, record, data))
                 continue
             if progress is not None:
                 progress(f"{task} with {folder}")
@@ -209,7 +216,7 @@ def evaluate_text_tasks(
                 max_batch_tokens=settings.scoring.max_batch_tokens,
                 autocast=settings.scoring.autocast,
             )
-            part = json.dumps({"settings": record, **_run(lm, task, manager, settings)}, default=_plain)
+            part = json.dumps({"settings": record, **_run(lm, task, manager, settings, data)}, default=_plain)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, part.encode())
             parts[-1].append(json.loads(part))
@@ -289,7 +296,42 @@ def _task_manager(settings: TextTaskSettings) -> Any:
     return manager
 
 
-def _run(lm: Any, task: str, manager: Any, settings: TextTaskSettings) -> dict[str, Any]:
+class _Data:
+    """What the data of tasks is, looked at once for each."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[str, Any]] = {}
+
+    def identity(self, source: Mapping[str, Any]) -> dict[str, Any]:
+        """SHA-256 of every local file, or the revision on the hub, of what the arguments of `load_dataset` name."""
+        key = json.dumps(source, sort_keys=True, default=str)
+        if key not in self._found:
+            self._found[key] = _identity_of_data(source)
+        return self._found[key]
+
+
+def _identity_of_data(source: Mapping[str, Any]) -> dict[str, Any]:
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(**source)
+    if builder.repo_id is not None:
+        return {"revision": builder.hash}
+    found: dict[str, Any] = {}
+    for split, files in (builder.config.data_files or {}).items():
+        for number, (file, about) in enumerate(zip(files, files.origin_metadata, strict=True)):
+            path = Path(file)
+            is_local = path.is_file()
+            name = f"{split} {number}: {path.name if is_local else file}"  # a folder may be elsewhere the next time
+            found[name] = _sha256(path) if is_local else "".join(map(str, about))
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _run(lm: Any, task: str, manager: Any, settings: TextTaskSettings, data: _Data) -> dict[str, Any]:
     """One task or group: what its report needs, and the entry of every document."""
     from lm_eval import simple_evaluate
 
@@ -306,11 +348,24 @@ def _run(lm: Any, task: str, manager: Any, settings: TextTaskSettings) -> dict[s
     return {
         "precision": settings.scoring.precision(lm.model),
         "num_truncated": lm.num_truncated - cut,
+        "data": {
+            name: {"source": source, "identity": data.identity(source)}
+            for name, config in found["configs"].items()
+            if (source := _source(config)) is not None
+        },
         "tasks": {
             name: _task(name, results, found)
             for name, results in {**found["results"], **found.get("groups", {})}.items()
         },
     }
+
+
+def _source(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments of `load_dataset` for a task; None where a function of its own makes its data."""
+    if config.get("custom_dataset") or config.get("dataset_path") is None:
+        return None
+    settings = {name: value for name, value in (config.get("dataset_kwargs") or {}).items() if name not in _LOADING}
+    return {"path": config["dataset_path"], "name": config.get("dataset_name"), **settings}
 
 
 def _task(name: str, results: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -351,7 +406,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
-def _read(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+def _read(path: Path, record: Mapping[str, Any], data: _Data) -> dict[str, Any]:
     try:
         part = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -360,6 +415,14 @@ def _read(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{path} was made with {found[0]} {found[1]!r}, not {found[2]!r}: give another --output, or remove it"
         )
+    if "data" not in part:
+        raise ValueError(f"{path} does not say of what data it was made: remove it, and its task is evaluated again")
+    for task, read in part["data"].items():
+        if found := first_difference(read["identity"], data.identity(read["source"])):
+            raise ValueError(
+                f"{path} was made of other data of {task} ({found[0]} was {found[1]}, is {found[2]}): give another "
+                f"--output, or remove {path.parent.parent} to evaluate all models again"
+            )
     return part
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID, TaskProgressColumn, TimeElapsedColumn
+
+from smoltolk.terminal import progress_bar
 
 POLL_S = 0.1
 
@@ -62,9 +64,9 @@ class _Running:
     started: float
 
 
-def progress_bar() -> Progress:
+def lane_bars() -> Progress:
     """A bar for each lane."""
-    return Progress(TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    return progress_bar(TaskProgressColumn(), TimeElapsedColumn())
 
 
 class Lanes:
@@ -144,7 +146,7 @@ def run_lanes(lanes: Mapping[str, Lane], logs: Path) -> dict[str, float]:
     Raises:
         ChildProcessError: a lane failed; names its log.
     """
-    with progress_bar() as bar, Lanes(bar) as group:
+    with lane_bars() as bar, Lanes(bar) as group:
         for name, lane in lanes.items():
             group.start(name, lane, logs / f"{name}.log")
         ended = [group.wait() for _ in lanes]

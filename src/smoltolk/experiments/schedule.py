@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
 from smoltolk.data.dataset import TASKS
 from smoltolk.data.store import Store, lock
@@ -22,6 +21,7 @@ from smoltolk.experiments.lanes import Lane, Lanes
 from smoltolk.experiments.runs import Run, run_name, score, train
 from smoltolk.speech.audio import write_atomically
 from smoltolk.speech.kinds import load_speech_tokenizer
+from smoltolk.terminal import progress_bar
 
 DEVELOPMENT, FRESH = "development", "fresh"
 SPEECH_PAIRS = tuple(pair for pair in PAIRS if "S" in pair)
@@ -261,13 +261,11 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
 
 
 def _run_tasks(course: Course, jobs: int) -> None:
-    console = Console()
     failed: dict[str, Path] = {}
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     slots: dict[str, int] = {}
     chosen = {variant.name for variant in course.ablation.variants if course.choice(variant) is not None}
     gpus = visible_gpus()
-    with Progress(*columns, console=console) as bar, Lanes(bar) as lanes:
+    with progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as bar, Lanes(bar) as lanes:
         whole = bar.add_task("runs trained")
         while True:
             done, total = course.count()
@@ -288,11 +286,11 @@ def _run_tasks(course: Course, jobs: int) -> None:
             if ended.has_failed:
                 failed[ended.name] = ended.log
             said = f"failed, see {ended.log}" if ended.has_failed else f"{ended.seconds:.0f} s"
-            console.print(f"{ended.name}: {said}", highlight=False, soft_wrap=True)
+            bar.console.print(f"{ended.name}: {said}", soft_wrap=True)
             for variant in course.ablation.variants:
                 if variant.name not in chosen and (choice := course.choice(variant)) is not None:
                     chosen.add(variant.name)
-                    console.print(f"{variant.name}: {choice}", highlight=False, soft_wrap=True)
+                    bar.console.print(f"{variant.name}: {choice}", soft_wrap=True)
     if failed:
         named = "\n".join(f"  {name}: see {log}" for name, log in failed.items())
         raise ChildProcessError(f"{len(failed)} runs failed; run the same command to try them again\n{named}")

@@ -4,6 +4,7 @@ import io
 import mmap
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -194,6 +195,39 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check_output(output: Path, *, is_folder: bool = False) -> None:
+    """Say before long work what writing its output would say after it.
+
+    Args:
+        output: what will be written.
+        is_folder: whether that is a folder, which need not be there yet, and not a file.
+
+    Raises:
+        ValueError: there is something else at the path, no folder to write it into, or one that takes no files.
+    """
+    if output.exists() and output.is_dir() != is_folder:
+        raise ValueError(
+            f"output {output} is a file: give the name of a folder"
+            if is_folder
+            else f"output {output} is a folder: give the name of a file in a folder that is there"
+        )
+    folder = output if is_folder else output.parent
+    while is_folder and not folder.exists():  # all of them will be made
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(
+            f"output {output} lies in {folder}, which is not a folder: give a path in a folder that is there"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output {output} cannot be written, {folder} takes no files ({error.strerror}): give another path, or "
+            "leave to write there"
+        ) from error
 
 
 def _read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltolk.pages import PageTable, Section, colours, data_uri, new_figure, save_page
+from smoltolk.speech.audio import check_output
 from smoltolk.training.watching import METRICS_FILE, read_metrics
 
 PICTURES = {
@@ -40,10 +41,12 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
         output: the HTML file.
 
     Raises:
-        ValueError: a folder holds no run, or two runs have the same folder name and parent.
+        ValueError: a folder holds no run, two runs have the same folder name and parent, or the page cannot be written
+            where it is to be.
         ImportError: matplotlib or Jinja is not installed.
         OSError: the page cannot be written.
     """
+    check_output(Path(output))
     read = {name: read_run(Path(run)) for name, run in zip(run_names(runs), runs, strict=True)}
     sections = [_summaries(read)]
     for title, names in PICTURES.items():

@@ -18,6 +18,7 @@ from rich.table import Column
 
 from smoltolk.model.configuration_smoltolk import SmolTolkConfig
 from smoltolk.speech.audio import write_atomically
+from smoltolk.terminal import error_console
 from smoltolk.training.config import Recipe
 from smoltolk.training.optim import expected_flops
 
@@ -269,12 +270,12 @@ def _earlier_metrics(output: Path) -> list[dict[str, Any]]:
 def show_bar(recipe: Recipe, step: int, remaining: RemainingTime) -> Iterator[Report]:
     """Shows a progress bar from a step on."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(table_column=Column(min_width=2 * len(str(recipe.num_steps)) + 1)),
         TextColumn("{task.fields[shown]}", table_column=Column(no_wrap=False)),  # nothing is cut off
     )
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=error_console()) as bar:
         task = bar.add_task(recipe.name, total=recipe.num_steps, completed=step, shown="")
 
         def report(metrics: dict[str, Any]) -> None:

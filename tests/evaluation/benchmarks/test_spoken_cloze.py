@@ -225,7 +225,9 @@ def test_the_command_makes_what_evaluate_scores(tmp_path, capsys):
     tts = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} {{output}} {{text}}"
     command = ["data", "speak-cloze", str(texts), "--output", str(spoken), "--tts", tts, "--jobs", "2"]
     assert cli.main(command) == 0
-    assert f"{spoken}: 1 items, 3 texts spoken (0.0 min), 0 kept" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert printed.out == f"{spoken}: 1 items, 3 texts spoken (0.0 min), 0 kept\n"
+    assert "speak texts" in printed.err
     assert cli.main(["evaluate", str(tmp_path / "model"), str(spoken), "--output", str(tmp_path / "scores")]) == 0
     record = json.loads((tmp_path / "scores" / "result.json").read_text())
     assert [record["accuracy"][pair]["cloze"]["n"] for pair in ("S→S", "T→T", "T→S", "S→T")] == [1] * 4

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smoltolk.data.sources import read_manifest
 from smoltolk.data.store import LOCK, lock
@@ -28,6 +27,7 @@ from smoltolk.evaluation.benchmarks.benchmark import BenchmarkError, Fault
 from smoltolk.evaluation.benchmarks.cross_modal import PART_NAMES, parse_name, read_cross_modal
 from smoltolk.speech.audio import load_native_audio, save_wav, write_atomically
 from smoltolk.speech.tts_command import CommandSynthesizer
+from smoltolk.terminal import progress_bar
 
 SETTINGS = "spoken.json"
 COLUMNS = ("id", "prompt_text", "true_text", "false_text")
@@ -202,10 +202,9 @@ def speak_cloze(
         ]
         waiting = [part for part in parts if not part.is_done()]
         failures, seconds = [], 0.0
-        columns = (TextColumn("speak texts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
             closing(_make_all(waiting, speak, jobs)) as outcomes,  # so that nothing is written after the lock
-            Progress(*columns, disable=not progress) as bar,
+            progress_bar(disable=not progress) as bar,
         ):
             task = bar.add_task("speak texts", total=len(parts), completed=len(parts) - len(waiting))
             for count, outcome in enumerate(outcomes, start=1):
