@@ -5,7 +5,7 @@ import torch
 from tests.conftest import TEXT_VOCAB, mixed_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from smoltolk import SmolTolkConfig, SmolTolkForCausalLM
+from smoltolk import SmolTolkForCausalLM
 from smoltolk.model.modeling_smoltolk import SUPPORTED_BACKBONES
 
 SIZES = {
@@ -136,29 +136,6 @@ def test_a_pretrained_model_gets_adapters_of_its_own_layer_with_its_own_beginnin
                     assert torch.equal(parameter, fresh[name]), name
                 else:
                     assert 0.1 < parameter.std() < 0.3, name
-
-
-@every_family
-def test_a_seed_gives_the_speech_parts_that_it_gives_beside_a_new_lm_which_is_never_made(family, tmp_path, monkeypatch):
-    AutoModelForCausalLM.from_config(family_config(family)).save_pretrained(tmp_path)
-    config = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).config
-    torch.manual_seed(3)
-    beside = SmolTolkForCausalLM(SmolTolkConfig(lm_config=config, num_units=20))
-    drawn_next = torch.rand(4)
-    made, from_config = [], AutoModelForCausalLM.from_config
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_config", lambda config: made.append(from_config(config)) or made[-1]
-    )
-    torch.manual_seed(3)
-    model = SmolTolkForCausalLM.from_backbone(str(tmp_path), num_units=20)
-    assert torch.equal(torch.rand(4), drawn_next)
-    assert {p.device.type for lm in made for p in lm.parameters()} == {"meta"}
-    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    parts = dict(beside.speech_parameters())
-    assert parts.keys() == dict(model.speech_parameters()).keys()
-    assert all(torch.equal(parameter, parts[name]) for name, parameter in model.speech_parameters())
-    for name, buffer in beside.named_buffers():
-        assert torch.equal(model.get_buffer(name), buffer), name
 
 
 @every_family

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -151,10 +150,6 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
     Early fusion and every ablation are settings of `SmolTolkConfig`. Build one from a pretrained text LM
     with `from_backbone`, load a saved one with `from_pretrained`.
 
-    Args:
-        config: the configuration.
-        lm: the text LM, by default a new one.
-
     Raises:
         ValueError: the backbone is not one of `SUPPORTED_BACKBONES`.
     """
@@ -166,11 +161,11 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
-    def __init__(self, config: SmolTolkConfig, *, lm: PreTrainedModel | None = None) -> None:
+    def __init__(self, config: SmolTolkConfig) -> None:
         super().__init__(config)
         check_backbone(config.lm_config)
         self.ids = config.ids
-        self.lm = AutoModelForCausalLM.from_config(config.lm_config) if lm is None else lm
+        self.lm = AutoModelForCausalLM.from_config(config.lm_config)
         self._supports_flash_attn, self._supports_flex_attn = self.lm._supports_flash_attn, self.lm._supports_flex_attn
         num_layers = config.lm_config.num_hidden_layers
         num_in, num_out = config.num_input_adapter_layers, config.num_output_adapter_layers
@@ -224,11 +219,7 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
         if max_position_embeddings is not None:
             lm_config.max_position_embeddings = max_position_embeddings
         lm = AutoModelForCausalLM.from_pretrained(name_or_path, config=lm_config, dtype=torch.float32)
-        config = SmolTolkConfig(lm_config=lm.config, **settings)
-        with DrawnAndDropped():  # a seed gives the speech parts that it gives beside a new LM
-            with torch.device("meta"):
-                place = AutoModelForCausalLM.from_config(config.lm_config)
-            model = cls(config, lm=place)
+        model = cls(SmolTolkConfig(lm_config=lm.config, **settings))
         model.lm = lm
         model._keep_levels()
         return model.eval()
@@ -646,28 +637,6 @@ class SmolTolkForCausalLM(PreTrainedModel, GenerationMixin):
             self.lm._init_weights(module)
         if isinstance(module, LayerSelector) and hasattr(module, "static_logits"):
             init.normal_(module.static_logits, mean=0.0, std=0.01)
-
-
-class DrawnAndDropped(TorchDispatchMode):
-    """Random numbers for tensors of the meta device are drawn, and dropped.
-
-    What is drawn later is as if the tensors had been on the CPU; the memory is that of the largest one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memory = torch.UntypedStorage(0)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation; those that draw in place on the CPU first."""
-        if torch.Tag.nondeterministic_seeded in function.tags and args[0].is_meta:
-            wanted = args[0]
-            if wanted.untyped_storage().nbytes() > self.memory.nbytes():
-                self.memory = torch.UntypedStorage(wanted.untyped_storage().nbytes())
-            drawn = torch.empty(0, dtype=wanted.dtype, device="cpu")
-            drawn.set_(self.memory, wanted.storage_offset(), wanted.shape, wanted.stride())
-            function(drawn, *args[1:], **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
 
 
 def check_mask(attention_mask: Tensor) -> None:
