@@ -24,6 +24,12 @@ EARLY_FUSION = {
 }
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """What is no folder is not looked for on the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def tiny_lm_config(**settings):
     defaults = {
         "vocab_size": TEXT_VOCAB,

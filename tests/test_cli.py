@@ -22,10 +22,13 @@ def test_no_command_prints_the_help(capsys):
     ("arguments", "message"),
     [
         (["train", "none.yaml"], "recipe none.yaml cannot be read"),
-        (["evaluate", "none", "items.parquet", "--output", "out"], "none holds no config.json"),
+        (["evaluate", "none", "items.parquet", "--output", "out"], "none is no folder, and no model of this name"),
         (["evaluate", "none", "items.parquet", "--output", "out", "--protocol", "best"], "protocol is 'best'"),
-        (["evaluate-generation", "none", "p.jsonl", "--to", "text", "--output", "out"], "none holds no config.json"),
-        (["generate", "none", "--text", "a", "--to", "text"], "none holds no config.json"),
+        (
+            ["evaluate-generation", "none", "p.jsonl", "--to", "text", "--output", "out"],
+            "none is no folder, and no model of this name",
+        ),
+        (["generate", "none", "--text", "a", "--to", "text"], "none is no folder, and no model of this name"),
         (["generate", "none", "--text", "a", "--to", "speech"], "needs --output"),
         (["generate", "none", "--text", "a", "--to", "text", "--output", "a.txt"], "--to text prints the text"),
         (["generate", "none", "--text", "a", "--to", "speech", "--output", "a.mp3"], "give a name that ends in .wav"),

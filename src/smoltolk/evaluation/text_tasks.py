@@ -182,7 +182,8 @@ def evaluate_text_tasks(
 
     Raises:
         ImportError: the harness is not installed.
-        ValueError: there is nothing to compare, a model or a task is not there, or what is kept is of other settings.
+        ValueError: there is nothing to compare, a model or a task is not there, or what is kept is of other settings or
+            of data that has changed since.
         OSError: a task's data cannot be read.
     """
     if len(models) < 2 or len(set(models)) < len(models):
