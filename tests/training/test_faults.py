@@ -206,11 +206,13 @@ def test_a_model_that_cannot_be_written_leaves_the_one_before_and_is_written_at_
         (folder / "model.safetensors").write_bytes(bytes(100))
         raise error
 
+    def have_a_model_before(metrics):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / "before").touch()
+
     monkeypatch.setattr(SmolTolkForCausalLM, "save_pretrained", disk_full)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "before").touch()
     with pytest.raises(OSError, match=r"model could not be written .*No space left.*checkpoints are intact; make room"):
-        run(settings)
+        run(settings, on_step=have_a_model_before)
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["before"]
     assert not (tmp_path / ".model.tmp").exists()
     monkeypatch.undo()

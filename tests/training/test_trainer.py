@@ -331,11 +331,6 @@ def test_an_attention_kernel_that_is_not_there_is_named(tiny_world, tmp_path):
         run(tiny_recipe(tiny_world, tmp_path, attn_implementation="fast"))
 
 
-def test_a_device_that_is_not_there_is_refused(tiny_world, tmp_path):
-    with pytest.raises(ValueError, match=r"device is 'gpu', which PyTorch cannot use here \(Expected .*\): give cpu"):
-        run(tiny_recipe(tiny_world, tmp_path, device="gpu"))
-
-
 def test_a_row_longer_than_the_backbones_positions_is_refused(tiny_world, tmp_path):
     settings = tiny_recipe(tiny_world, tmp_path)
     settings["stages"][0]["row_tokens"] = 257
