@@ -21,7 +21,8 @@ from benchmarks.workload import print_table, spread
 from tests.conftest import make_tiny_world, tiny_recipe
 
 from smoltolk.training.config import make_recipe
-from smoltolk.training.trainer import Trainer, TrainingStopped
+from smoltolk.training.stopping import TrainingStopped
+from smoltolk.training.trainer import Trainer
 
 QUARTERS = 4
 

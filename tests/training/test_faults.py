@@ -17,7 +17,8 @@ from smoltolk import SmolTolkForCausalLM
 from smoltolk.training import checkpoints, loader
 from smoltolk.training.checkpoints import list_checkpoints, load_state
 from smoltolk.training.config import make_recipe
-from smoltolk.training.trainer import Trainer, TrainingStopped
+from smoltolk.training.stopping import TrainingStopped
+from smoltolk.training.trainer import Trainer
 from smoltolk.training.watching import MEASURED, read_metrics
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}

@@ -16,7 +16,8 @@ from smoltolk.training.checkpoints import list_checkpoints, load_state
 from smoltolk.training.config import LoraSettings, make_recipe
 from smoltolk.training.lora import add_lora, is_lora, lora_layers, lora_size, merged, use_lora
 from smoltolk.training.optim import make_optimizer
-from smoltolk.training.trainer import Trainer, TrainingStopped
+from smoltolk.training.stopping import TrainingStopped
+from smoltolk.training.trainer import Trainer
 from smoltolk.training.watching import MEASURED, read_metrics
 
 SMALL = {"rank": 4, "alpha": 8}

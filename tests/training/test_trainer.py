@@ -22,7 +22,8 @@ from smoltolk.speech.mel import MelTokenizer
 from smoltolk.training import checkpoints
 from smoltolk.training.checkpoints import list_checkpoints, load_state
 from smoltolk.training.config import make_recipe
-from smoltolk.training.trainer import Trainer, TrainingStopped
+from smoltolk.training.stopping import TrainingStopped
+from smoltolk.training.trainer import Trainer
 from smoltolk.training.watching import MEASURED, read_metrics
 
 

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -28,14 +26,12 @@ from smoltolk.training.distributed import join_ranks, reshard, set_gradient_sync
 from smoltolk.training.loader import load_batches
 from smoltolk.training.lora import add_lora, lora_size, merged, use_lora
 from smoltolk.training.optim import make_optimizer, training_flops, trapezoid
+from smoltolk.training.stopping import StopRequests, TrainingStopped, stop_requests
+from smoltolk.training.validation import finite, validate
 from smoltolk.training.watching import METRICS_FILE, Report, peak_flops, read_metrics, speed, watch
 
 MODEL_FOLDER = "model"
 VALIDATION_SEED = 0
-
-
-class TrainingStopped(KeyboardInterrupt):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved; running it again goes on."""
 
 
 class Trainer:
@@ -102,7 +98,7 @@ class Trainer:
         self.ranks.leave()
         return folder
 
-    def _run(self, stop: "StopRequests") -> Path:
+    def _run(self, stop: StopRequests) -> Path:
         state, optimizer = self._start()
         with self._watch(state) as report, closing(self._batches(state.step)) as batches:
             if not state.step:  # text alone is not touched by the new speech parts: this is the backbone's own loss
@@ -470,39 +466,10 @@ class Trainer:
         reshard(self.model)
         return [source.sample_ids(row)[0] for row, loss in zip(rows, losses, strict=True) if finite(loss) is None]
 
-    @torch.no_grad()
     def _validate(self, state: RunState) -> dict[str, Any]:
-        """Mean loss per label on each task's fixed batch; what the text LM forgot; what the selector looks at."""
-        self.model.eval()
-        metrics: dict[str, Any] = {}
-        size = self.recipe.stages[-1].rows_per_micro_batch
-        num_layers = self.model.config.lm_config.num_hidden_layers
-        selected = [0.0] * (num_layers + 2)  # sums of weights, of entropy, and number, where a unit is predicted
-        for task, batch in self._validation.items():
-            parts = [batch.select(slice(start, start + size)) for start in range(0, len(batch), size)]
-            total = 0.0
-            # Sharded ranks gather weights together: one that has no part left computes one that does not count.
-            for first in range(0, len(parts), self.ranks.size):
-                is_counted = first + self.ranks.rank < len(parts)
-                part = parts[first + self.ranks.rank if is_counted else 0]
-                output = self._forward(part)
-                if not is_counted:
-                    continue
-                num_text, num_speech = self.model.count_labels(part.input_ids, part.labels)
-                total += output.text_loss.item() * num_text if num_text else 0.0
-                total += output.speech_loss.item() * num_speech if num_speech else 0.0
-                is_unit = part.labels[:, 1:] >= self.model.ids.speech_offset
-                weights = output.layer_weights[:, :-1][is_unit.to(self.ranks.device)]  # (units, L)
-                entropy = -torch.special.xlogy(weights, weights).sum()
-                found = [*weights.sum(0).tolist(), entropy.item(), len(weights)]
-                selected = [a + b for a, b in zip(selected, found, strict=True)]
-            num_labels = max(1, sum(self.model.count_labels(batch.input_ids, batch.labels)))
-            metrics[f"validation_{task}_loss"] = finite(self.ranks.sum(total)[0] / num_labels)
-        reshard(self.model)
-        *weight_sums, entropy_sum, count = self.ranks.sum(*selected)
-        if count:
-            metrics["selector_entropy"] = finite(entropy_sum / count)
-            metrics["layer_weights"] = [finite(round(weight / count, 5)) for weight in weight_sums]
+        """Losses on each task's fixed batch, what the selector looks at, and what the text LM forgot."""
+        rows = self.recipe.stages[-1].rows_per_micro_batch
+        metrics = validate(self.model, self._validation, self._forward, self.ranks, rows)
         loss = metrics.get("validation_text_loss")
         is_same_set = state.validation_rows in (None, self.recipe.validation.rows)
         if state.backbone_text_loss is not None and loss is not None and is_same_set:
@@ -520,36 +487,6 @@ class Trainer:
             return nullcontext(lambda metrics: None)
         config: SmolTolkConfig = self.model.config  # type: ignore[assignment]
         return watch(self.recipe, config, state.step, lora_size=self._lora_size, has_bar=self.progress)
-
-
-class StopRequests:
-    """Whether somebody asked to stop."""
-
-    is_requested = False
-    _is_interrupted = False
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Hears a signal."""
-        if signum == signal.SIGINT:  # one Ctrl-C after another; SIGTERM may come from SLURM and from torchrun
-            if self._is_interrupted:
-                raise KeyboardInterrupt  # at once, from the last checkpoint
-            self._is_interrupted = True
-        self.is_requested = True
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequests]:
-    """Turns Ctrl-C and SIGTERM into a request that is heard at the end of a step."""
-    stop = StopRequests()
-    try:
-        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals cannot be caught
-        previous = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def summed(losses: list[torch.Tensor], counts: list[tuple[int, int]]) -> list[float]:
@@ -574,8 +511,3 @@ def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     for group in optimizer.param_groups:
         gradients.setdefault(group["part"], []).extend(p.grad for p in group["params"] if p.grad is not None)
     return {part: whole(torch.nn.utils.get_total_norm(some)).item() for part, some in gradients.items()}
-
-
-def finite(value: float) -> float | None:
-    """The value, or None for one that JSON cannot hold."""
-    return value if abs(value) < float("inf") else None
