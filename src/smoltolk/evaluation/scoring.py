@@ -227,7 +227,9 @@ def _score_shared(model: SmolTolkForCausalLM, groups: Sequence[Sequence[Layout]]
     )
     of_prompts = _Found.of(output)
     cache = output.past_key_values
-    cache.crop(-1)
+    for layer in cache.layers:
+        if layer.is_initialized:  # those of adapters without layers are not
+            layer.crop(-1)
     members = [layout for group in groups for layout in group]
     rows = [i for i, group in enumerate(groups) for _ in group]  # of each sequence's prompt
     found = _Found(torch.zeros(len(members), dtype=torch.double), torch.zeros(len(members), dtype=torch.double))
