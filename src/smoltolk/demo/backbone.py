@@ -44,7 +44,7 @@ class BackboneSettings:
     def resized(self, hidden_size: int, num_layers: int) -> "BackboneSettings":
         """One of another size: heads are as wide, and the rate is in inverse proportion to the width.
 
-        The rate's rule is that of Adam for matrices in µP (Yang et al. 2022, arXiv 2203.03466, table 8).
+        The rate's rule is that of Adam for matrices in µP (Yang et al. 2022, arXiv 2203.03466).
 
         Raises:
             ValueError: there are no layers, or the width is not that of some heads.

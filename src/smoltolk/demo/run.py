@@ -59,7 +59,6 @@ class DemoSettings:
         validation_rows: rows of the validation set of each task.
         num_continued: prompts that are continued in all four directions.
         rate_share: factor of all learning rates, for wider backbones.
-        device: where the models are trained.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -69,7 +68,11 @@ class DemoSettings:
     validation_rows: int = 64
     num_continued: int = 4
     rate_share: float = 1.0
-    device: str = "cpu"
+
+    @property
+    def device(self) -> str:
+        """Where the models are trained: where their text LM was."""
+        return self.data.backbone.device
 
     def resized(self, hidden_size: int, num_layers: int, device: str) -> "DemoSettings":
         """The same with a text LM of another size, on a device.
@@ -84,7 +87,6 @@ class DemoSettings:
             self,
             data=replace(self.data, backbone=backbone),
             rate_share=before.hidden_size / hidden_size,
-            device=device,
         )
 
 

@@ -73,6 +73,7 @@ def join_ranks(device: str) -> Ranks:
     Raises:
         ValueError: there is no such device, or several ranks are to share a GPU.
     """
+    # Looked at, not tried as `check_device` does: that would make every rank take memory of the first GPU.
     try:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError as error:
